@@ -1,0 +1,90 @@
+"""Logical axis names -> mesh axes. The only file that knows the mesh."""
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("replica", "fsdp", "tensor")
+
+# Weights W[D_fsdp, F_tensor]; activations x[B_(replica, fsdp), T, D]. An axis absent is an error.
+RULES = {
+    "rows": ("replica", "fsdp"),
+    "embed": "fsdp",
+    "ffn": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "vocab": "tensor",
+    "patch": None,
+    "merged": None,
+    "head": None,
+    "layers": None,
+}
+
+
+def make_mesh(replica: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
+    """Mesh (replica, fsdp, tensor) over all devices; -1 takes what the others leave.
+
+    Raises ValueError if the sizes do not multiply to the number of devices.
+    """
+    devices, sizes = jax.devices(), [replica, fsdp, tensor]
+    if sizes.count(-1) > 1:
+        raise ValueError(f"mesh {dict(zip(AXES, sizes))}: at most one axis may be -1")
+    known = int(np.prod([s for s in sizes if s != -1]))
+    sizes = [len(devices) // known if s == -1 else s for s in sizes]
+    if int(np.prod(sizes)) != len(devices):
+        raise ValueError(
+            f"mesh {dict(zip(AXES, sizes))} needs {int(np.prod(sizes))} devices; there are "
+            f"{len(devices)}. Set the axes so that their product is {len(devices)}."
+        )
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def spec(axes: tuple[str, ...], rules=RULES) -> P:
+    """PartitionSpec of an array whose dimensions carry the logical names `axes`."""
+    unknown = [a for a in axes if a not in rules]
+    if unknown:
+        raise ValueError(f"no sharding rule for axes {unknown} of {axes}; known: {sorted(rules)}")
+    return P(*(rules[a] for a in axes))
+
+
+def parameter_shardings(params: nnx.State, mesh: Mesh, rules=RULES) -> nnx.State:
+    """Shardings of an (abstract) parameter tree. Axes missing on the left are stacked layers.
+
+    A dimension that does not divide over its mesh axis is replicated.
+    """
+
+    def of(path, v):
+        axes = v.get_metadata()["axes"]
+        missing = len(v.shape) - len(axes)
+        if missing not in (0, 1):
+            raise ValueError(f"{jax.tree_util.keystr(path)}: shape {v.shape} but axes {axes}")
+        names = spec(("layers",) * missing + axes, rules)
+        fits = [n if n is None or d % mesh.shape[n] == 0 else None for d, n in zip(v.shape, names)]
+        return v.replace(NamedSharding(mesh, P(*fits)))
+
+    return jax.tree.map_with_path(of, params, is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+
+def row_sharding(mesh: Mesh, rows: int, leading: int = 0, rules=RULES) -> NamedSharding:
+    """Sharding of batch leaves whose axis `leading` is rows.
+
+    Raises ValueError if `rows` does not divide over the mesh's data axes.
+    """
+    ways = int(np.prod([mesh.shape[a] for a in rules["rows"]]))
+    if rows % ways:
+        raise ValueError(
+            f"a batch of {rows} rows does not divide over the mesh's {ways} data shards "
+            f"({dict(mesh.shape)}). Set rows to a multiple of {ways}, or use a smaller mesh."
+        )
+    return NamedSharding(mesh, P(*(None,) * leading, rules["rows"]))
+
+
+def constrain(x: jax.Array, *axes: str | None, rules=RULES) -> jax.Array:
+    """Pin an activation's sharding by logical axes (None: not sharded); outside a mesh, no-op."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    names = P(*(None if a is None else rules[a] for a in axes))
+    return jax.lax.with_sharding_constraint(x, names)
