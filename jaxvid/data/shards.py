@@ -1,0 +1,392 @@
+"""Folders of ArrayRecord shards: written whole or not at all, read at random, verified.
+
+    FOLDER/jaxvid-train.array_record-00000-of-00004   records, by `records.serialise`
+    FOLDER/dataset_info.json, features.json           what makes it a tfds data set
+    FOLDER/manifest.json                              schema; by split files, counts, bytes, sha256
+    FOLDER/rejects.jsonl                              records that failed their check, and why
+
+The manifest is written last and is the truth: files it does not name do not exist for a reader.
+"""
+
+import bisect
+import contextlib
+import fcntl
+import glob
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from jaxvid.data import media as media_lib
+from jaxvid.data import records as records_lib
+from jaxvid.data.records import Record
+
+NAME = "jaxvid"  # tfds' name of the data set; it starts the names of its files
+VERSION = "1.0.0"
+
+
+class ShardError(ValueError):
+    """A folder, file or record of shards that cannot be read as it should."""
+
+
+class Written(NamedTuple):
+    """What `write` did."""
+
+    records: int
+    rejected: int
+    files: tuple[str, ...]
+
+
+class Bad(NamedTuple):
+    """Something wrong in a folder. `index` counts within the file; -1 is the file itself."""
+
+    file: str
+    index: int
+    id: str
+    reason: str
+
+
+class Report(NamedTuple):
+    """What `validate` found; the folder is good if `bad` is empty."""
+
+    records: int
+    bad: list[Bad]
+
+
+# ---- writing
+
+
+def write(
+    folder: str | os.PathLike,
+    records: Iterable[Record],
+    *,
+    split: str,
+    shard_records: int = 256,
+    replace: bool = False,
+) -> Written:
+    """Writes one split; other splits of the folder stay. Holds one record at a time in memory.
+
+    A record that fails its check, names another split or repeats an id goes to rejects.jsonl with
+    the reason. If writing stops half-way the folder is as it was.
+
+    Raises ShardError if the split exists (unless `replace`) or if no record is left.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not replace and split in _manifest_or_empty(folder)["splits"]:
+        raise ShardError(f"{folder} has a split {split!r} already; give replace=True or remove it")
+    work = pathlib.Path(tempfile.mkdtemp(prefix=f".{split}-", dir=folder))
+    try:
+        rejects: list[dict] = []
+        good = _accepted(records, split, rejects)
+        lengths = _write_parts(work, good, shard_records)
+        if not lengths:
+            reasons = "".join(f"\n  {r['id']!r}: {r['reason']}" for r in rejects[:5])
+            raise ShardError(f"{folder}: no record for split {split!r} is usable.{reasons}")
+        with _lock(folder):
+            files = _publish(folder, work, split, lengths, rejects)
+    finally:
+        shutil.rmtree(work)
+    return Written(sum(lengths), len(rejects), files)
+
+
+def _accepted(records: Iterable[Record], split: str, rejects: list[dict]) -> Iterator[bytes]:
+    seen = set()
+    for index, record in enumerate(records):
+        try:
+            record.check()
+            if record.split != split:
+                raise ValueError(f"its split is {record.split!r}, written is {split!r}")
+            if record.id in seen:
+                raise ValueError("its id is used before")
+        except ValueError as error:
+            row = {"split": split, "index": index, "id": record.id, "reason": str(error)}
+            rejects.append(row)
+            continue
+        seen.add(record.id)
+        yield records_lib.serialise(record)
+
+
+def _write_parts(work: pathlib.Path, data: Iterator[bytes], shard_records: int) -> list[int]:
+    """Files part-0, part-1 ... of at most `shard_records`; their lengths."""
+    lengths = []
+    for first in data:
+        shard = itertools.chain([first], itertools.islice(data, shard_records - 1))
+        path = work / f"part-{len(lengths)}"
+        writer = ArrayRecordWriter(str(path), "group_size:1")  # a group is what one read unpacks
+        lengths.append(0)
+        for item in shard:
+            writer.write(item)
+            lengths[-1] += 1
+        writer.close()
+        _fsync(path)
+    return lengths
+
+
+def _publish(
+    folder: pathlib.Path, work: pathlib.Path, split: str, lengths: list[int], rejects: list[dict]
+) -> tuple[str, ...]:
+    """Moves the parts to their names, then writes the files that say that they are there."""
+    manifest = _manifest_or_empty(folder)
+    old = manifest["splits"].pop(split, [])
+    if old:  # no moment at which the manifest names a file of other content
+        _write_manifest(folder, manifest)
+        for entry in old:
+            (folder / entry["file"]).unlink(missing_ok=True)
+    entries = []
+    for i, count in enumerate(lengths):
+        part = work / f"part-{i}"
+        name = f"{NAME}-{split}.array_record-{i:05d}-of-{len(lengths):05d}"
+        entry = {"file": name, "records": count, "bytes": part.stat().st_size}
+        entries.append(entry | {"sha256": _sha256(part)})
+        os.replace(part, folder / name)
+    path = folder / "rejects.jsonl"
+    others = _lines(path) if path.exists() else []
+    kept = [r for r in others if r["split"] != split] + rejects
+    _replace(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+    manifest["splits"][split] = entries
+    _write_manifest(folder, manifest)
+    return tuple(e["file"] for e in entries)
+
+
+def _write_manifest(folder: pathlib.Path, manifest: dict) -> None:
+    splits = [
+        {
+            "name": split,
+            "shardLengths": [str(e["records"]) for e in entries],
+            "numBytes": str(sum(e["bytes"] for e in entries)),
+            "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+        }
+        for split, entries in sorted(manifest["splits"].items())
+    ]
+    info = {"name": NAME, "version": VERSION, "fileFormat": "array_record", "splits": splits}
+    _replace(folder / "features.json", json.dumps(records_lib.FEATURES.to_json(), indent=1))
+    _replace(folder / "dataset_info.json", json.dumps(info, indent=1))
+    _replace(folder / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True))
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that a reader sees the old or the new text, also after a crash."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    _fsync(part)
+    os.replace(part, path)
+    _fsync(path.parent)  # the rename itself
+
+
+def _fsync(path: pathlib.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _lock(folder: pathlib.Path) -> Iterator[None]:
+    """Two processes that write two splits of one folder must not lose one another's entry."""
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _lines(path: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _manifest_or_empty(folder: pathlib.Path) -> dict:
+    if (folder / "manifest.json").exists():
+        return read_manifest(folder)
+    return {"schema": records_lib.SCHEMA, "splits": {}}
+
+
+# ---- reading
+
+
+def read_manifest(folder: str | os.PathLike) -> dict:
+    """{"schema": int, "splits": {split: [{"file", "records", "bytes", "sha256"}]}} of a folder."""
+    path = pathlib.Path(folder, "manifest.json")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ShardError(
+            f"no manifest.json in {folder}: it is not a folder of shards, or was never finished. "
+            "Build it again, or name the folder that holds the manifest."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise ShardError(f"{path} is not JSON ({error}); build the shards again") from error
+    if manifest["schema"] != records_lib.SCHEMA:
+        raise ShardError(
+            f"{folder} holds records of schema {manifest['schema']}; this version of jaxvid reads "
+            f"schema {records_lib.SCHEMA}. Build the shards again with this version."
+        )
+    return manifest
+
+
+def _folders(pattern: str) -> list[pathlib.Path]:
+    found = [pathlib.Path(p) for p in sorted(glob.glob(pattern))]
+    folders = [p for p in found if p.is_dir()]
+    if not folders:
+        raise ShardError(f"no folder of shards at {pattern}")
+    return folders
+
+
+class Source:
+    """Records of one split of some folders at random access; what Grain reads.
+
+    Pickles (to worker processes) as its list of files. `repr` speaks of content, not of paths, so
+    that a saved iterator is accepted after the folder has moved, and refused after it has changed.
+    """
+
+    def __init__(self, folders: str | os.PathLike | Iterable[str | os.PathLike], split: str):
+        """`folders` are folders or glob patterns. Raises ShardError for what is not as written."""
+        one = isinstance(folders, str | os.PathLike)
+        patterns = [os.fspath(f) for f in ([folders] if one else folders)]
+        self.split, self._files, ends, content = split, [], [0], hashlib.sha256()
+        for folder in itertools.chain.from_iterable(map(_folders, patterns)):
+            splits = read_manifest(folder)["splits"]
+            if split not in splits:
+                raise ShardError(f"{folder} has no split {split!r}; it has {sorted(splits)}")
+            for entry in splits[split]:
+                path = folder / entry["file"]
+                fault = _size_fault(path, entry)
+                if fault:
+                    raise ShardError(f"{path}: {fault}. Copy or build the shards again.")
+                self._files.append(str(path))
+                ends.append(ends[-1] + entry["records"])
+                content.update(entry["sha256"].encode())
+        self._starts, self._length = ends[:-1], ends[-1]
+        self._content = content.hexdigest()[:16]
+        self._readers: dict[int, ArrayRecordReader] = {}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __repr__(self) -> str:
+        return f"Source(split={self.split!r}, records={self._length}, content={self._content})"
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_readers": {}}  # open files stay in their process
+
+    def where(self, index: int) -> tuple[str, int]:
+        """(file, index in the file) of a record."""
+        if not 0 <= index < self._length:
+            raise IndexError(f"record {index} of {self._length} in split {self.split!r}")
+        file = bisect.bisect_right(self._starts, index) - 1
+        return self._files[file], index - self._starts[file]
+
+    def read(self, index: int) -> bytes:
+        """The bytes of a record."""
+        path, at = self.where(index)
+        file = bisect.bisect_right(self._starts, index) - 1
+        if file not in self._readers:
+            # No read-ahead: access is random.
+            options = "readahead_buffer_size:0"
+            self._readers[file] = ArrayRecordReader(path, options, file_reader_buffer_size=32768)
+        try:
+            return self._readers[file].read([at])[0]
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise ShardError(f"{path} record {at} cannot be read: {error}") from error
+
+    def __getitem__(self, index: int) -> Record:
+        try:
+            return records_lib.parse(self.read(int(index)))
+        except ShardError:
+            raise
+        except ValueError as error:
+            path, at = self.where(int(index))
+            raise ShardError(f"{path} record {at}: {error}") from error
+
+
+def _size_fault(path: pathlib.Path, entry: dict) -> str:
+    """Cheap enough for every start: is the file there, and as long as it was written?"""
+    if not path.exists():
+        return "the manifest names it but it is not there"
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        return f"it has {size} bytes, the manifest says {entry['bytes']}: cut off or overwritten"
+    return ""
+
+
+# ---- verifying
+
+
+def validate(folder: str | os.PathLike, *, media: bool = False) -> Report:
+    """Reads every byte of a folder: hashes, records, their checks and, with `media`, every clip.
+
+    Nothing is raised for what is bad; it is all in the report.
+    """
+    folder = pathlib.Path(folder)
+    try:
+        manifest = read_manifest(folder)
+    except ShardError as error:
+        return Report(0, [Bad("manifest.json", -1, "", str(error))])
+    count, bad, seen = 0, [], {}
+    for split, entries in sorted(manifest["splits"].items()):
+        for entry in entries:
+            bad += _file_faults(folder, entry)
+            for index, record, reason in _parsed(folder / entry["file"], entry["records"]):
+                count += record is not None
+                found = [reason] if reason else []
+                if record is not None:
+                    found += _record_faults(record, split, seen, media)
+                    seen[record.id] = split
+                name = "" if record is None else record.id
+                bad += [Bad(entry["file"], index, name, fault) for fault in found]
+    named = {e["file"] for entries in manifest["splits"].values() for e in entries}
+    strays = {p.name for p in folder.glob("*.array_record-*")} - named
+    bad += [Bad(name, -1, "", "the manifest does not name it") for name in sorted(strays)]
+    return Report(count, bad)
+
+
+def _file_faults(folder: pathlib.Path, entry: dict) -> list[Bad]:
+    path = folder / entry["file"]
+    fault = _size_fault(path, entry)
+    if not fault and _sha256(path) != entry["sha256"]:
+        fault = "its sha256 is not the manifest's: its content has changed"
+    return [Bad(entry["file"], -1, "", fault)] if fault else []
+
+
+def _parsed(path: pathlib.Path, count: int) -> Iterator[tuple[int, Record | None, str]]:
+    """(index, record or None, reason) for every record the manifest promises of a file."""
+    if not path.exists():
+        return
+    reader = ArrayRecordReader(str(path))
+    for index in range(count):
+        try:
+            yield index, records_lib.parse(reader.read([index])[0]), ""
+        except (RuntimeError, IndexError, ValueError) as error:
+            yield index, None, f"cannot be read: {error}"
+
+
+def _record_faults(record: Record, split: str, seen: dict[str, str], media: bool) -> list[str]:
+    bad = []
+    try:
+        record.check()
+    except ValueError as error:
+        bad.append(str(error))
+    if record.split != split:
+        bad.append(f"its split is {record.split!r}, it lies in {split!r}")
+    if record.id in seen:
+        bad.append(f"its id is also in split {seen[record.id]!r}")
+    for m in record.media if media else ():
+        try:
+            if m.kind != "audio":
+                media_lib.decode(m.data, media_lib.Sampling(frames=2))
+            if m.kind != "image":
+                media_lib.decode_sound(m.data)
+        except media_lib.MediaError as error:
+            bad.append(f"media {m.name!r}: {error}")
+    return bad
