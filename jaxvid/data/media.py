@@ -7,20 +7,21 @@ What this leaves out: streaming; a clip is decoded whole.
 """
 
 import dataclasses
-import functools
 import hashlib
 import io
 import math
 import os
 import pathlib
 import tempfile
+import threading
 from fractions import Fraction
 from typing import NamedTuple
 
 import av
 import numpy as np
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 class MediaError(ValueError):
@@ -120,7 +121,8 @@ def _pictures(data: bytes, wanted: np.ndarray) -> tuple[dict[int, Image.Image], 
             for total, frame in enumerate(container.decode(stream), start=1):
                 if total - 1 in keep:
                     rgb = _reformatter().reformat(frame, format="rgb24").to_ndarray()
-                    pictures[total - 1] = Image.fromarray(rgb)
+                    upright = np.rot90(rgb, frame.rotation // 90)  # phones film sideways
+                    pictures[total - 1] = Image.fromarray(np.ascontiguousarray(upright))
         except av.error.FFmpegError as error:
             raise MediaError(f"video does not decode after frame {total}: {error}") from error
     if not total:
@@ -128,10 +130,16 @@ def _pictures(data: bytes, wanted: np.ndarray) -> tuple[dict[int, Image.Image], 
     return pictures, total
 
 
-@functools.lru_cache(maxsize=1)
-def _reformatter() -> av.video.reformatter.VideoReformatter:
-    """One colour converter a process: making one costs more than using it."""
-    return av.video.reformatter.VideoReformatter()
+_LOCAL = threading.local()
+
+
+def _reformatter() -> VideoReformatter:
+    """One colour converter a thread: making one costs more than using it, sharing one is unsafe."""
+    try:
+        return _LOCAL.reformatter
+    except AttributeError:
+        _LOCAL.reformatter = VideoReformatter()
+        return _LOCAL.reformatter
 
 
 def _resize(pictures: list[Image.Image], sampling: Sampling) -> np.ndarray:
@@ -208,7 +216,7 @@ def _resample(x: np.ndarray, native: int, rate: int, length: int) -> np.ndarray:
 
 def _open_image(data: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
+        return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise MediaError(f"{len(data)} bytes are not a readable image: {error}") from error
 
@@ -266,6 +274,8 @@ def encode(
     with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         video = container.add_stream("libx264", rate=fraction)
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+        video.codec_context.colorspace = Colorspace.ITU601  # said, so that no player guesses
+        video.codec_context.color_range = ColorRange.MPEG
         video.codec_context.thread_count = 1  # the bitstream depends on the number of threads
         video.codec_context.gop_size = max(1, round(fps / 2))
         video.codec_context.options = {"crf": "18", "preset": "veryfast", "flags": "+bitexact"}
@@ -276,7 +286,8 @@ def encode(
             audio.codec_context.bit_rate = 32000
             audio.codec_context.options = {"flags": "+bitexact"}
         for i, picture in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame = _reformatter().reformat(rgb, format="yuv420p", dst_colorspace=Colorspace.ITU601)
             frame.pts, frame.time_base = i, 1 / fraction
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
