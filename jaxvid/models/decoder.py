@@ -1,0 +1,153 @@
+"""Decoder of the Qwen2 kind: RMSNorm, grouped-query attention with M-RoPE, gated MLP.
+
+Parameters live in the module; positions, tree ends and caches come in and go out. One block is
+traced once and scanned over the stacked layers. A prompt's cache is one copy, whatever the number
+of branches that grow from it.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxvid.models.layers import Compute, GatedMLP, Linear, RMSNorm, scan, stack
+from jaxvid.ops.attention import attention, decode_attention
+from jaxvid.ops.rope import rope
+from jaxvid.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    layers: int
+    width: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    rope_sections: tuple[int, int, int]  # frequency pairs that follow time, height, width
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    max_positions: int = 32_768  # what the export states; nothing here depends on it
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
+        if 2 * sum(self.rope_sections) != self.head:
+            raise ValueError(
+                f"rope_sections={self.rope_sections} sum to {sum(self.rope_sections)}; they must "
+                f"sum to half of the head dimension, {self.head} / 2"
+            )
+
+    @property
+    def head(self) -> int:
+        return self.width // self.heads
+
+
+class KV(NamedTuple):
+    """Keys (turned by their positions) and values: of a prompt [L, B, T, K, H], or of its
+    branches [L, B, G, R, K, H]."""
+
+    k: Float[Array, "L B *rest K H"]
+    v: Float[Array, "L B *rest K H"]
+
+
+class Attention(nnx.Module):
+    def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
+        self.sections, self.theta = cfg.rope_sections, cfg.rope_theta
+        D, N, K, H = cfg.width, cfg.heads, cfg.kv_heads, cfg.head
+        self.q = Linear((D,), (N, H), "embed heads head", bias=True, rngs=rngs)
+        self.k = Linear((D,), (K, H), "embed kv_heads head", bias=True, rngs=rngs)
+        self.v = Linear((D,), (K, H), "embed kv_heads head", bias=True, rngs=rngs)
+        out_scale = 1 / math.sqrt(2 * cfg.layers)
+        self.out = Linear((N, H), (D,), "heads head embed", scale=out_scale, rngs=rngs)
+
+    def qkv(self, x: Float[Array, "B T D"], positions: Int[Array, "B 3 T"]):
+        turn = lambda y: rope(y, positions, sections=self.sections, theta=self.theta)
+        return turn(self.q(x)), turn(self.k(x)), self.v(x)
+
+
+class Block(nnx.Module):
+    def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(cfg.width, eps=cfg.norm_eps)
+        self.attention = Attention(cfg, rngs=rngs)
+        self.mlp_norm = RMSNorm(cfg.width, eps=cfg.norm_eps)
+        out_scale = 1 / math.sqrt(2 * cfg.layers)
+        self.mlp = GatedMLP(cfg.width, cfg.ffn, out_scale=out_scale, rngs=rngs)
+
+    def __call__(self, x, positions, attend):
+        """`attend(q, k, v) -> y` decides what is seen. Returns x and this layer's new k and v."""
+        q, k, v = self.attention.qkv(self.attention_norm(x), positions)
+        x = x + self.attention.out(attend(q, k, v))
+        return x + self.mlp(self.mlp_norm(x)), (k, v)
+
+
+class Decoder(nnx.Module):
+    def __init__(self, cfg: Config, compute: Compute, *, rngs: nnx.Rngs):
+        self.compute = compute
+        table = 0.02 * jax.random.normal(rngs.params(), (cfg.vocab, cfg.width), jnp.float32)
+        self.table = nnx.Param(table, axes=("vocab", "embed"))
+        self.blocks = stack(lambda rngs: Block(cfg, rngs=rngs), cfg.layers, rngs)
+        self.norm = RMSNorm(cfg.width, eps=cfg.norm_eps)
+
+    def embed(self, tokens: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
+        return self.table[...].astype(self.compute.dtype)[tokens]
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],  # token embeddings with vision features already in place
+        positions: Int[Array, "B 3 T"],
+        end: Int[Array, "B T"],
+        *,
+        keep: bool = False,
+    ) -> tuple[Float[Array, "B T D"], KV | None]:
+        """Hidden states after the final norm, never logits; with `keep`, every layer's k and v."""
+        attend = lambda q, k, v: attention(q, k, v, end=end)
+
+        def layer(x, block, _):
+            x, kv = block(constrain(x, "rows", None, None), positions, attend)
+            return x, KV(*kv) if keep else None
+
+        x, kv = scan(layer, x, self.blocks, None, self.compute)
+        return self.norm(x), kv
+
+    def step(
+        self,
+        x: Float[Array, "B G D"],
+        positions: Int[Array, "B G"],
+        prompt: KV,
+        length: Int[Array, "B"],  # tokens of the prompt; what follows in its cache is padding
+        branch: KV,
+        step: int | Int[Array, ""],  # where the new token goes in the branch cache
+    ) -> tuple[Float[Array, "B G D"], KV]:
+        """One new token on each of G branches of each prompt."""
+        B, G, _ = x.shape
+        positions = jnp.broadcast_to(positions[:, None], (B, 3, G))
+
+        def layer(carry, block, extra):
+            x, branch = carry
+            i, prompt_k, prompt_v = extra
+            write = lambda cache, new: jax.lax.dynamic_update_slice(
+                cache, new[None, :, :, None], (i, 0, 0, step, 0, 0)
+            )
+            written = []  # the caches with this layer's new k and v in them
+
+            def attend(q, k, v):
+                written.extend((write(branch.k, k), write(branch.v, v)))
+                return decode_attention(
+                    q, prompt_k, prompt_v, length, written[0][i], written[1][i], step
+                )
+
+            x, _ = block(x, positions, attend)
+            return (x, KV(*written)), None
+
+        layers = jnp.arange(prompt.k.shape[0])
+        compute = dataclasses.replace(self.compute, remat=False)
+        extras = (layers, prompt.k, prompt.v)
+        (x, branch), _ = scan(layer, (x, branch), self.blocks, extras, compute)
+        return self.norm(x), branch

@@ -1,0 +1,408 @@
+"""Model folders of Hugging Face, in and out: config.json and safetensors.
+
+Import is total: every tensor of the files is mapped, every weight is filled with the right shape,
+and all that is wrong is in one error. Each process reads only the slices its devices hold. Both
+spellings of tensor names are read (the hub's and transformers' own); the hub's are written.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import pathlib
+import re
+import shutil
+import tempfile
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from jaxvid import sharding
+from jaxvid.models import decoder, qwen25vl, vision
+
+SHARD_BYTES = 5 * 2**30  # the hub's size of one safetensors file
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+IGNORED_TENSORS = (r".*rotary_emb\.inv_freq", r".*rotary_pos_emb\.inv_freq")
+COMPANIONS = (  # what stands beside the weights and is copied by `save`
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+
+
+SPECIAL = {  # fields of the config -> Qwen's names of the tokens
+    "bos_token_id": "<|endoftext|>",
+    "pad_token_id": "<|endoftext|>",
+    "eos_token_id": "<|im_end|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+}
+
+
+class Loaded(NamedTuple):
+    cfg: qwen25vl.Config
+    graph: nnx.GraphDef
+    params: nnx.State  # float32 masters
+
+
+class Place(NamedTuple):
+    """Where a weight stands in the files. `{}` is the layer; `inputs` of its leading dimensions
+    are contracted (0: a vector or a table, stored as it is); `part` of `parts` equal pieces of the
+    stored tensor's first axis."""
+
+    name: str
+    inputs: int = 0
+    part: int = 0
+    parts: int = 1
+
+
+def places(cfg: qwen25vl.Config) -> dict[tuple[str, ...], Place]:
+    """Path in the parameters -> place in the files, for every weight of the family."""
+    out: dict[tuple[str, ...], Place] = {
+        ("tower", "embed", "w"): Place("visual.patch_embed.proj.weight", 1),
+        ("tower", "merger", "norm", "scale"): Place("visual.merger.ln_q.weight"),
+        ("decoder", "table"): Place("model.embed_tokens.weight"),
+        ("decoder", "norm", "scale"): Place("model.norm.weight"),
+    }
+
+    def linear(path: tuple[str, ...], name: str, *, bias: bool, inputs: int = 1, part=0, parts=1):
+        out[(*path, "w")] = Place(f"{name}.weight", inputs, part, parts)
+        if bias:
+            out[(*path, "b")] = Place(f"{name}.bias", 0, part, parts)
+
+    linear(("tower", "merger", "hidden"), "visual.merger.mlp.0", bias=True)
+    linear(("tower", "merger", "out"), "visual.merger.mlp.2", bias=True)
+    stacks = (("tower", "visual.blocks.{}", True), ("decoder", "model.layers.{}", False))
+    for owner, block, bias in stacks:
+        at = (owner, "blocks")
+        norms = ("norm1", "norm2") if bias else ("input_layernorm", "post_attention_layernorm")
+        for ours, hub in zip(("attention_norm", "mlp_norm"), norms):
+            out[(*at, ours, "scale")] = Place(f"{block}.{hub}.weight")
+        for which in ("gate", "up", "down"):
+            linear((*at, "mlp", which), f"{block}.mlp.{which}_proj", bias=bias)
+    at, block = ("tower", "blocks", "attention"), "visual.blocks.{}.attn"
+    for part, which in enumerate("qkv"):
+        linear((*at, which), f"{block}.qkv", bias=True, part=part, parts=3)
+    linear((*at, "out"), f"{block}.proj", bias=True, inputs=2)
+    at, block = ("decoder", "blocks", "attention"), "model.layers.{}.self_attn"
+    for which in "qkv":
+        linear((*at, which), f"{block}.{which}_proj", bias=True)
+    linear((*at, "out"), f"{block}.o_proj", bias=False, inputs=2)
+    if not cfg.tied:
+        out[("head",)] = Place("lm_head.weight")
+    return out
+
+
+def hub_name(name: str) -> str:
+    """A tensor's name as the hub spells it, from either spelling."""
+    name = re.sub(r"^model\.visual\.", "visual.", name)
+    return re.sub(r"^model\.language_model\.", "model.", name)
+
+
+def abstract(cfg: qwen25vl.Config) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model without its numbers: graph and shapes."""
+    return nnx.split(nnx.eval_shape(lambda: qwen25vl.Qwen25VL(cfg, rngs=nnx.Rngs(0))))
+
+
+def initialise(cfg: qwen25vl.Config, seed: int, *, mesh: Mesh | None = None) -> Loaded:
+    """Fresh weights; on a mesh, each device makes only its own part."""
+    graph, shapes = abstract(cfg)
+    build = lambda: nnx.split(qwen25vl.Qwen25VL(cfg, rngs=nnx.Rngs(seed)))[1]
+    out = None if mesh is None else sharding.parameter_shardings(shapes, mesh)
+    return Loaded(cfg, graph, jax.jit(build, out_shardings=out)())
+
+
+def tiny_config(tokenizer: str | pathlib.Path | None = None) -> qwen25vl.Config:
+    """The same classes at laptop size (about 3M parameters), for frames of 48 x 48 pixels.
+
+    With a tokenizer folder, vocabulary and special token ids are that tokenizer's; without, the
+    vocabulary is 640 and the special tokens come first in it.
+    """
+    vocab = 640
+    ids = {content: i for i, content in enumerate(sorted(set(SPECIAL.values())))}
+    if tokenizer is not None:
+        read = json.loads((pathlib.Path(tokenizer) / "tokenizer.json").read_text())
+        ids = {t["content"]: t["id"] for t in read["added_tokens"]}
+        if missing := sorted(set(SPECIAL.values()) - set(ids)):
+            raise ValueError(f"the tokenizer in {tokenizer} has no {', '.join(missing)}")
+        largest = max(*ids.values(), *read["model"]["vocab"].values())
+        vocab = -(-(largest + 1) // 64) * 64  # a multiple of 64 divides over any tensor axis
+    text = decoder.Config(
+        layers=4,
+        width=192,
+        ffn=512,
+        heads=6,
+        kv_heads=2,
+        vocab=vocab,
+        rope_sections=(4, 6, 6),
+        rope_theta=1e4,
+        max_positions=4096,
+    )
+    tower = vision.Config(
+        layers=4, width=128, ffn=384, heads=4, out=192, full=(1, 3), patch=8, window=32
+    )
+    return qwen25vl.Config(
+        text=text,
+        vision=tower,
+        tied=True,
+        fractional_seconds=True,  # short clips: whole seconds would put all frames at one time
+        remat=False,
+        unroll=4,
+        **{field: ids[content] for field, content in SPECIAL.items()},
+    )
+
+
+def read_config(folder: str | pathlib.Path) -> qwen25vl.Config:
+    """The config of a model folder, with the image statistics of its preprocessor if it has one."""
+    folder = pathlib.Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json; give the folder of a saved model")
+    cfg = qwen25vl.Config.from_hf(json.loads((folder / "config.json").read_text()))
+    if (file := folder / "preprocessor_config.json").is_file():
+        read = json.loads(file.read_text())
+        stats = {k: tuple(read[k]) for k in ("image_mean", "image_std") if k in read}
+        return dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, **stats))
+    return cfg
+
+
+def _path(key_path) -> tuple[str, ...]:
+    return tuple(str(k.key) for k in key_path)
+
+
+def _leaves(params: nnx.State) -> list[tuple[tuple[str, ...], nnx.Variable]]:
+    is_weight = lambda v: isinstance(v, nnx.Variable)
+    leaves = jax.tree.leaves_with_path(params, is_leaf=is_weight)
+    return [(_path(key_path), v) for key_path, v in leaves]
+
+
+def _stored_shape(place: Place, shape: tuple[int, ...]) -> tuple[int, int]:
+    """(first axis, the rest flat) of the stored tensor of one layer's weight."""
+    if place.inputs:
+        outputs, inputs = math.prod(shape[place.inputs :]), math.prod(shape[: place.inputs])
+        return outputs * place.parts, inputs
+    if place.name.endswith(".bias"):
+        return math.prod(shape) * place.parts, 1
+    return shape[0], math.prod(shape[1:])
+
+
+def _to_stored(x: np.ndarray, place: Place) -> np.ndarray:
+    if not place.inputs:
+        return x.reshape(-1) if place.name.endswith(".bias") else x
+    return x.reshape(math.prod(x.shape[: place.inputs]), -1).T
+
+
+class Files:
+    """The tensors of a folder by hub name; reads only what is asked for."""
+
+    def __init__(self, folder: pathlib.Path, stack: contextlib.ExitStack):
+        self.handles: dict[str, tuple[Any, str]] = {}
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(f"{folder} has no .safetensors file; convert the model first")
+        for file in files:
+            handle = stack.enter_context(safetensors.safe_open(file, "numpy"))
+            self.handles |= {hub_name(key): (handle, key) for key in handle.keys()}
+
+    def shape(self, name: str) -> tuple[int, int]:
+        handle, key = self.handles[name]
+        first, *rest = handle.get_slice(key).get_shape()
+        return first, math.prod(rest)
+
+    def block(self, name: str, rows: slice, columns: slice) -> np.ndarray:
+        handle, key = self.handles[name]
+        stored = handle.get_slice(key)
+        if len(stored.get_shape()) == 2:
+            return stored[rows, columns]
+        x = stored[rows]
+        return x.reshape(x.shape[0], -1)[:, columns]
+
+    def weight(self, place: Place, shape: tuple[int, ...], index: tuple[slice, ...], layer: int):
+        """`weight[index]` of a weight of `shape`, reading no row or column outside it."""
+        name = place.name.format(layer)
+        n = place.inputs
+        first, rest = _stored_shape(place, shape)
+        if not n:
+            offset = place.part * (first // place.parts)
+            rows = slice(offset, offset + first // place.parts)
+            return self.block(name, rows, slice(0, rest)).reshape(shape)[index]
+        bounds = [s.indices(d)[:2] for s, d in zip(index, shape)]
+        (i0, i1), (o0, o1) = bounds[0], bounds[n]
+        per_in, per_out = rest // shape[0], first // place.parts // shape[n]
+        offset = place.part * (first // place.parts)
+        rows = slice(offset + o0 * per_out, offset + o1 * per_out)
+        x = self.block(name, rows, slice(i0 * per_in, i1 * per_in)).T
+        x = x.reshape(i1 - i0, *shape[1:n], o1 - o0, *shape[n + 1 :])
+        return x[tuple(slice(None) if a in (0, n) else s for a, s in enumerate(index))]
+
+
+def _check(files: Files, where: dict, leaves: list, tied: bool) -> None:
+    """Raise one ValueError naming every tensor that is missing, misshapen or not mapped."""
+    problems, used = [], set()
+    for path, v in leaves:
+        place = where[path]
+        stacked = "{}" in place.name
+        for i in range(v.shape[0] if stacked else 1):
+            used.add(name := place.name.format(i))
+            wanted = _stored_shape(place, v.shape[1:] if stacked else v.shape)
+            if name not in files.handles:
+                problems.append(f"{name} is missing (weight {'.'.join(path)})")
+            elif (got := files.shape(name)) != wanted:
+                problems.append(f"{name} has shape {got}; {'.'.join(path)} wants {wanted}")
+    ignored = IGNORED_TENSORS + (("lm_head.weight",) if tied else ())
+    for name in sorted(set(files.handles) - used):
+        if not any(re.fullmatch(pattern, name) for pattern in ignored):
+            problems.append(f"{name} is in the files and this model has no place for it")
+    if problems:
+        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if problems[20:] else [])
+        raise ValueError("the weights do not fit config.json:\n  " + "\n  ".join(shown))
+
+
+def load(folder: str | pathlib.Path, *, mesh: Mesh | None = None, dtype: str = "float32") -> Loaded:
+    """Read a model folder. On a mesh the weights come sharded, and no host reads all of them."""
+    cfg = read_config(folder)
+    graph, shapes = abstract(cfg)
+    where, leaves = places(cfg), _leaves(shapes)
+    with contextlib.ExitStack() as stack:
+        files = Files(pathlib.Path(folder), stack)
+        _check(files, where, leaves, cfg.tied)
+
+        def read(path, shape, index):
+            place = where[path]
+            if "{}" not in place.name:
+                return files.weight(place, shape, index, 0).astype(DTYPES[dtype])
+            layers = range(*index[0].indices(shape[0]))
+            each = [files.weight(place, shape[1:], index[1:], i) for i in layers]
+            return np.stack([x.astype(DTYPES[dtype]) for x in each])
+
+        def whole(key_path, v):
+            index = tuple(slice(0, d) for d in v.shape)
+            return v.replace(jax.numpy.asarray(read(_path(key_path), v.shape, index)))
+
+        def sharded(key_path, v, s):
+            fetch = lambda index: read(_path(key_path), v.shape, index)
+            return v.replace(jax.make_array_from_callback(v.shape, s.get_value(), fetch))
+
+        is_weight = lambda v: isinstance(v, nnx.Variable)
+        if mesh is None:
+            params = jax.tree.map_with_path(whole, shapes, is_leaf=is_weight)
+        else:
+            wanted = sharding.parameter_shardings(shapes, mesh)
+            params = jax.tree.map_with_path(sharded, shapes, wanted, is_leaf=is_weight)
+    return Loaded(cfg, graph, params)
+
+
+def _tensors(cfg: qwen25vl.Config, params: nnx.State, dtype: str):
+    """(hub name, array) one after the other; every process of a run must walk them all."""
+    where = places(cfg)
+    by_name: dict[str, list] = {}
+    for path, v in _leaves(params):
+        by_name.setdefault(where[path].name, []).append((where[path], v[...]))
+    for name, pieces in by_name.items():
+        pieces.sort(key=lambda piece: piece[0].part)
+        for i in range(pieces[0][1].shape[0] if "{}" in name else 1):
+            stored = []
+            for place, x in pieces:
+                x = x[i] if "{}" in name else x
+                if not x.is_fully_addressable:
+                    x = multihost_utils.process_allgather(x, tiled=True)
+                stored.append(_to_stored(np.asarray(x).astype(DTYPES[dtype]), place))
+            x = np.concatenate(stored)
+            if name == "visual.patch_embed.proj.weight":  # a 3-D convolution in the files
+                v = cfg.vision
+                x = x.reshape(-1, v.channels, v.temporal, v.patch, v.patch)
+            yield name.format(i), np.ascontiguousarray(x)
+
+
+def _write_weights(folder: pathlib.Path, tensors) -> None:
+    """safetensors files of at most SHARD_BYTES, and an index if there are several."""
+    names, total, shard, size = [], 0, {}, 0
+
+    def flush():
+        file = folder / f"part-{len(names):05d}.safetensors"
+        safetensors.numpy.save_file(shard, file, metadata={"format": "pt"})
+        names.append((file, list(shard)))
+
+    for name, x in tensors:
+        if shard and size + x.nbytes > SHARD_BYTES:
+            flush()
+            shard, size = {}, 0
+        shard[name] = x
+        size, total = size + x.nbytes, total + x.nbytes
+    flush()
+    if len(names) == 1:
+        names[0][0].rename(folder / "model.safetensors")
+        return
+    index = {"metadata": {"total_size": total}, "weight_map": {}}
+    for i, (file, keys) in enumerate(names, 1):
+        final = f"model-{i:05d}-of-{len(names):05d}.safetensors"
+        file.rename(folder / final)
+        index["weight_map"] |= dict.fromkeys(keys, final)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _preprocessor(cfg: qwen25vl.Config) -> dict[str, Any]:
+    v = cfg.vision
+    return {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "image_mean": list(v.image_mean),
+        "image_std": list(v.image_std),
+        "patch_size": v.patch,
+        "temporal_patch_size": v.temporal,
+        "merge_size": v.merge,
+    }
+
+
+def save(
+    folder: str | pathlib.Path,
+    cfg: qwen25vl.Config,
+    params: nnx.State,
+    *,
+    like: str | pathlib.Path | None = None,
+    dtype: str = "bfloat16",
+) -> None:
+    """Write a folder that transformers (and `load`) reads; `like` is a folder whose tokenizer,
+    template and preprocessor files go along. All or nothing: it appears under its name when whole.
+    """
+    folder = pathlib.Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise FileExistsError(f"{folder} exists and is not a model folder; choose another name")
+    tensors = _tensors(cfg, params, dtype)
+    if jax.process_index():
+        for _ in tensors:  # take part in gathering; the first process writes
+            pass
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    part.chmod(0o755)  # mkdtemp makes folders private
+    _write_weights(part, tensors)
+    config = cfg.to_hf() | {"dtype": dtype}
+    (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name in COMPANIONS:
+        if like is not None and (file := pathlib.Path(like) / name).is_file():
+            shutil.copy(file, part / name)
+    if not (part / "preprocessor_config.json").exists():
+        text = json.dumps(_preprocessor(cfg), indent=2) + "\n"
+        (part / "preprocessor_config.json").write_text(text)
+    old = part.with_name(part.name + "-old")
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,106 @@
+"""The layers every model here is made of. A weight says its shape and its logical axes once."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How a model runs; nothing here changes what it computes, only precision, memory and time."""
+
+    dtype: str = "float32"  # of activations; weights stay float32
+    remat: bool = True  # recompute a layer in the backward pass instead of keeping its inside
+    unroll: int = 1  # layers per iteration of the scan
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is not known; choose one of {DTYPES}")
+        if self.unroll < 1:
+            raise ValueError(f"unroll={self.unroll} must be at least 1")
+
+
+class Linear(nnx.Module):
+    """y = x w + b over the trailing `inputs` of x: w[inputs + outputs], b[outputs]."""
+
+    def __init__(
+        self,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        axes: str,
+        *,
+        bias: bool = False,
+        scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        self.contracted = len(inputs)
+        names = tuple(axes.split())
+        std = scale / math.sqrt(math.prod(inputs))  # LeCun's: the output has the input's variance
+        w = std * jax.random.normal(rngs.params(), inputs + outputs, jnp.float32)
+        self.w = nnx.Param(w, axes=names)
+        if bias:
+            self.b = nnx.Param(jnp.zeros(outputs, jnp.float32), axes=names[len(inputs) :])
+        else:
+            self.b = None
+
+    def __call__(self, x: Array) -> Array:
+        y = jnp.tensordot(x, self.w[...].astype(x.dtype), axes=self.contracted)
+        if self.b is None:
+            return y
+        b = self.b[...].astype(x.dtype)
+        return y + b.reshape((1,) * (y.ndim - b.ndim) + b.shape)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale, the statistics in float32."""
+
+    def __init__(self, width: int, *, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32), axes=("embed",))
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        return (y.astype(x.dtype) * scale).astype(x.dtype)
+
+
+class GatedMLP(nnx.Module):
+    """down(silu(gate x) * up x)."""
+
+    def __init__(
+        self, width: int, ffn: int, *, bias: bool = False, out_scale: float = 1.0, rngs: nnx.Rngs
+    ):
+        self.gate = Linear((width,), (ffn,), "embed ffn", bias=bias, rngs=rngs)
+        self.up = Linear((width,), (ffn,), "embed ffn", bias=bias, rngs=rngs)
+        self.down = Linear((ffn,), (width,), "ffn embed", bias=bias, scale=out_scale, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+def stack(build, layers: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`layers` modules made by `build(rngs)` as one, every weight with a leading layer axis."""
+    return nnx.split_rngs(splits=layers)(nnx.vmap(build))(rngs)
+
+
+def scan(body, carry, modules: nnx.Module, extras, compute: Compute):
+    """Run `body(carry, module, extra) -> (carry, out)` over stacked modules; trace it once.
+
+    `extras` is a pytree whose leaves have a leading layer axis. Returns (carry, stacked outs).
+    """
+    graph, weights = nnx.split(modules)
+
+    def layer(carry, scanned):
+        w, extra = scanned
+        return body(carry, nnx.merge(graph, w), extra)
+
+    if compute.remat:
+        layer = jax.checkpoint(layer)
+    return jax.lax.scan(layer, carry, (weights, extras), unroll=compute.unroll)

@@ -1,0 +1,323 @@
+"""Qwen2.5-VL (https://arxiv.org/abs/2502.13923): vision tower, merged features in place of the
+placeholder tokens, decoder with M-RoPE. And its numpy `positions`, which data preparation uses.
+
+Left out: dropout (the published models have none), sliding windows (published configs switch them
+off).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxvid.batch import TokenBatch, VisionBatch
+from jaxvid.models import decoder, vision
+from jaxvid.models.decoder import KV
+from jaxvid.models.layers import Compute
+
+FAMILY = "qwen2_5_vl"
+
+# Attributes of a Hugging Face config that say nothing about what is computed here, or that are
+# checked to be what they must be (MUST).
+IGNORED = {
+    "": (
+        "architectures transformers_version torch_dtype dtype use_cache vision_token_id "
+        "attn_implementation _attn_implementation_autoset _name_or_path"
+    ).split(),
+    "text": (
+        "model_type architectures torch_dtype dtype use_cache initializer_range max_window_layers "
+        "sliding_window vision_start_token_id vision_end_token_id vision_token_id image_token_id "
+        "video_token_id transformers_version tie_word_embeddings _name_or_path"
+    ).split(),
+    "vision": (
+        "model_type torch_dtype dtype initializer_range spatial_patch_size in_chans "
+        "_name_or_path transformers_version tie_word_embeddings"
+    ).split(),
+}
+MUST = {"hidden_act": "silu", "attention_dropout": 0.0, "use_sliding_window": False}
+TEXT_NAMES = {
+    "layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "ffn": "intermediate_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "vocab": "vocab_size",
+    "norm_eps": "rms_norm_eps",
+    "max_positions": "max_position_embeddings",
+}
+VISION_NAMES = {
+    "layers": "depth",
+    "width": "hidden_size",
+    "ffn": "intermediate_size",
+    "heads": "num_heads",
+    "out": "out_hidden_size",
+    "patch": "patch_size",
+    "temporal": "temporal_patch_size",
+    "merge": "spatial_merge_size",
+    "window": "window_size",
+    "tokens_per_second": "tokens_per_second",
+}
+TOKEN_NAMES = (
+    "image_token_id",
+    "video_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+
+
+class Reader:
+    """Takes attributes out of one section of a config and remembers what was wrong."""
+
+    def __init__(self, section: dict[str, Any], where: str, problems: list[str]):
+        self.left, self.where, self.problems = dict(section), where, problems
+
+    def take(self, name: str, *default):
+        if name in self.left:
+            return self.left.pop(name)
+        if not default:
+            self.problems.append(f"{self.where}{name} is missing")
+            return 0
+        return default[0]
+
+    def done(self, ignored: list[str]) -> None:
+        for name, wanted in MUST.items():
+            if (got := self.take(name, wanted)) != wanted:
+                self.problems.append(f"{self.where}{name} is {got!r}; only {wanted!r} is supported")
+        for name in ignored:
+            self.left.pop(name, None)
+        for name, value in self.left.items():
+            self.problems.append(f"{self.where}{name}={value!r} is not known")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    text: decoder.Config
+    vision: vision.Config
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+    bos_token_id: int | None = 151643
+    eos_token_id: int | None = 151645
+    pad_token_id: int | None = None
+    tied: bool = False  # the unembedding is the embedding table
+    # Position policy. transformers 4.x (and vLLM), which the published models were made with,
+    # is "max" and truncated seconds; transformers 5.x is "hf5" and fractional seconds.
+    text_after_video: str = "max"
+    fractional_seconds: bool = False
+    dtype: str = "float32"  # of activations
+    remat: bool = True
+    unroll: int = 1
+
+    def __post_init__(self):
+        if self.text_after_video not in ("max", "hf5"):
+            raise ValueError(f"text_after_video={self.text_after_video!r}; choose 'max' or 'hf5'")
+        if self.vision.out != self.text.width:
+            raise ValueError(
+                f"the vision tower gives width {self.vision.out}; the decoder has "
+                f"{self.text.width}. Set vision.out to the decoder's width."
+            )
+
+    @property
+    def compute(self) -> Compute:
+        return Compute(dtype=self.dtype, remat=self.remat, unroll=self.unroll)
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> "Config":
+        """Read a `config.json`, flat (hub) or nested (transformers 5). Every attribute is read or
+        named as ignored; raises one ValueError with everything that is missing or not known."""
+        problems: list[str] = []
+        top = dict(config)
+        if (family := top.pop("model_type", None)) != FAMILY:
+            problems.append(f"model_type is {family!r}; only {FAMILY!r} is supported here")
+        policy = top.pop("jaxvid", {})
+        vision_cfg = _vision(top.pop("vision_config", {}), problems)
+        text = top.pop("text_config", {})
+        tied = top.pop("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
+        tokens = {}
+        for name in TOKEN_NAMES:
+            found = [d.pop(name) for d in (top, text) if d.get(name) is not None]
+            if found:
+                tokens[name] = found[0]
+        for name in IGNORED[""] + [n for n in TOKEN_NAMES if top.get(n, 0) is None]:
+            top.pop(name, None)
+        text_cfg = _text({**top, **text}, problems)
+        if problems:
+            raise ValueError("this config cannot be imported:\n  " + "\n  ".join(problems))
+        return cls(text=text_cfg(), vision=vision_cfg(), tied=bool(tied), **tokens, **policy)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `config.json` that transformers reads."""
+        text = {hf: getattr(self.text, ours) for ours, hf in TEXT_NAMES.items()}
+        rope = {"rope_type": "default", "rope_theta": self.text.rope_theta}
+        rope["mrope_section"] = list(self.text.rope_sections)
+        text |= {"model_type": "qwen2_5_vl_text", "hidden_act": "silu", "rope_parameters": rope}
+        text |= {"bos_token_id": self.bos_token_id, "eos_token_id": self.eos_token_id}
+        text |= {"pad_token_id": self.pad_token_id, "tie_word_embeddings": self.tied}
+        tower = {hf: getattr(self.vision, ours) for ours, hf in VISION_NAMES.items()}
+        tower |= {"model_type": "qwen2_5_vl_vision", "hidden_act": "silu"}
+        tower |= {"in_channels": self.vision.channels, "in_chans": self.vision.channels}
+        tower["fullatt_block_indexes"] = list(self.vision.full)
+        tower["rope_parameters"] = {"rope_type": "axial", "rope_theta": self.vision.rope_theta}
+        return {
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+            "model_type": FAMILY,
+            "text_config": text,
+            "vision_config": tower,
+            "tie_word_embeddings": self.tied,
+            "jaxvid": {
+                "text_after_video": self.text_after_video,
+                "fractional_seconds": self.fractional_seconds,
+            },
+        } | {name: getattr(self, name) for name in TOKEN_NAMES}
+
+
+def _text(section, problems):
+    read = Reader(section, "", problems)
+    found = {ours: read.take(hf) for ours, hf in TEXT_NAMES.items()}
+    rope = dict(read.take("rope_parameters", None) or read.take("rope_scaling", None) or {})
+    read.take("rope_scaling", None)
+    found["rope_theta"] = float(rope.pop("rope_theta", read.take("rope_theta", 1e6)))
+    for name in ("type", "rope_type"):
+        if (kind := rope.pop(name, "mrope")) not in ("mrope", "default"):
+            problems.append(f"rope {name} is {kind!r}; only M-RoPE is supported")
+    found["rope_sections"] = tuple(rope.pop("mrope_section", (16, 24, 24)))
+    problems += [f"rope attribute {name}={value!r} is not known" for name, value in rope.items()]
+    kinds = set(read.take("layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        problems.append(f"layer_types has {sorted(kinds)}; only 'full_attention' is supported")
+    read.done(IGNORED["text"])
+    return lambda: decoder.Config(**found)
+
+
+def _vision(section, problems):
+    read = Reader(section, "vision_config.", problems)
+    found = {ours: read.take(hf) for ours, hf in VISION_NAMES.items()}
+    found["channels"] = read.take("in_channels", read.left.get("in_chans", 3))
+    found["full"] = tuple(read.take("fullatt_block_indexes", ()))
+    rope = read.take("rope_parameters", None) or {}
+    found["rope_theta"] = float(rope.get("rope_theta", 1e4))
+    read.done(IGNORED["vision"])
+    return lambda: vision.Config(**found)
+
+
+class Qwen25VL(nnx.Module):
+    """Hidden states and the unembedding; log-probs are `ops.logprob`'s, so no logits here."""
+
+    def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.tower = vision.Tower(cfg.vision, cfg.compute, rngs=rngs)
+        self.decoder = decoder.Decoder(cfg.text, cfg.compute, rngs=rngs)
+        if cfg.tied:
+            self.head = None
+        else:
+            shape = (cfg.text.vocab, cfg.text.width)
+            w = 0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)
+            self.head = nnx.Param(w, axes=("vocab", "embed"))
+
+    def unembedding(self) -> Float[Array, "V D"]:
+        """float32 as stored: `ops.logprob` chooses the precision of the product."""
+        return (self.decoder.table if self.head is None else self.head)[...]
+
+    def embed(self, tokens: TokenBatch, seen: VisionBatch) -> Float[Array, "B T D"]:
+        """Token embeddings, with vision features where `tokens.media` points at one."""
+        x = self.decoder.embed(jnp.asarray(tokens.tokens))
+        if seen.patches.shape[1] == 0:  # a batch without media never runs the tower
+            return x
+        features = self.tower(seen)  # [B, P, D]
+        at = jnp.maximum(tokens.media - 1, 0)
+        taken = jnp.take_along_axis(features, at[..., None], axis=1)
+        return jnp.where(tokens.media[..., None] > 0, taken, x)
+
+    def hidden(self, tokens: TokenBatch, vision: VisionBatch) -> Float[Array, "B T D"]:
+        x = self.embed(tokens, vision)
+        return self.decoder(x, jnp.asarray(tokens.positions), jnp.asarray(tokens.end))[0]
+
+    def prefill(self, tokens: TokenBatch, vision: VisionBatch) -> tuple[Float[Array, "B D"], KV]:
+        """One prompt per row, from index 0. Its last hidden state (which predicts the first token
+        of every branch) and its cache. A row of padding gives some finite state."""
+        x = self.embed(tokens, vision)
+        end = jnp.asarray(tokens.end)
+        y, kv = self.decoder(x, jnp.asarray(tokens.positions), end, keep=True)
+        last = jnp.maximum((end > 0).sum(axis=1) - 1, 0)
+        return jnp.take_along_axis(y, last[:, None, None], axis=1)[:, 0], kv
+
+    def decode(
+        self,
+        token: Int[Array, "B G"],
+        positions: Int[Array, "B G"],  # the same on the three axes, as on all text
+        prompt: KV,
+        length: Int[Array, "B"],
+        branch: KV,
+        step: int | Int[Array, ""],
+    ) -> tuple[Float[Array, "B G D"], KV]:
+        """One new token per branch; `branch` comes back with it written at `step`."""
+        x = self.decoder.embed(token)
+        return self.decoder.step(x, positions, prompt, length, branch, step)
+
+
+def empty_branches(prompt: KV, groups: int, tokens: int) -> KV:
+    """An unwritten cache for `groups` branches of up to `tokens` tokens on each row's prompt."""
+    L, B, _, K, H = prompt.k.shape
+    zeros = jnp.zeros((L, B, groups, tokens, K, H), prompt.k.dtype)
+    return KV(zeros, zeros)
+
+
+def positions(
+    tokens: Int[np.ndarray, "n"],
+    grids: list[tuple[int, int, int]],
+    seconds_per_grid: list[float],
+    cfg: Config,
+    *,
+    text_after_video: str | None = None,
+    fractional_seconds: bool | None = None,
+) -> Int[np.ndarray, "3 n"]:
+    """M-RoPE positions (time, height, width) of one sequence.
+
+    `grids` are the (t, h, w) in patches of the media in their order, `seconds_per_grid` the time
+    from one temporal patch to the next (not read for images). Text after a medium goes on from the
+    largest position before it ("max"), or from the medium's start plus the larger side of its
+    merged grid ("hf5"). The two policies default to the config's.
+    """
+    after = cfg.text_after_video if text_after_video is None else text_after_video
+    fractional = cfg.fractional_seconds if fractional_seconds is None else fractional_seconds
+    if len(grids) != len(seconds_per_grid):
+        raise ValueError(
+            f"{len(grids)} grids but {len(seconds_per_grid)} seconds_per_grid; give one per medium"
+        )
+    media = [cfg.image_token_id, cfg.video_token_id]
+    out = np.zeros((3, len(tokens)), np.int32)
+    i = start = 0
+    for (t, h, w), seconds in zip(grids, seconds_per_grid):
+        here = np.flatnonzero(np.isin(tokens[i:], media))
+        h, w = h // cfg.vision.merge, w // cfg.vision.merge
+        first = i + int(here[0]) if len(here) else len(tokens)
+        run = tokens[first : first + t * h * w]
+        if len(run) < t * h * w or (run != run[0]).any():
+            raise ValueError(
+                f"a grid of {t} x {h} x {w} merged features wants {t * h * w} equal placeholder "
+                f"tokens from token {first}; the sequence of {len(tokens)} has fewer there"
+            )
+        out[:, i:first] = start + np.arange(first - i)[None]
+        start += first - i
+        step = float(seconds) if fractional else int(seconds)
+        interval = cfg.vision.tokens_per_second * step if run[0] == cfg.video_token_id else 1
+        # float32 and then truncated, as the reference does it
+        time = (np.arange(t, dtype=np.float32) * np.float32(interval)).astype(np.int32)
+        grid = np.stack(np.meshgrid(time, np.arange(h), np.arange(w), indexing="ij"))
+        i = first + t * h * w
+        out[:, first:i] = start + grid.reshape(3, -1)
+        start = int(out[:, first:i].max()) + 1 if after == "max" else start + max(h, w)
+    if np.isin(tokens[i:], media).any():
+        raise ValueError(
+            f"placeholder tokens after the last of {len(grids)} grids; give a grid for every medium"
+        )
+    out[:, i:] = start + np.arange(len(tokens) - i)[None]
+    return out
