@@ -107,7 +107,7 @@ def frame_indices(total: int, rate: float, sampling: Sampling) -> np.ndarray:
     """Indices of the frames seen, of a clip of `total` frames at `rate` frames a second."""
     n = sampling.frames
     if sampling.fps > 0:
-        n = max(2, min(n, math.floor(total / rate * sampling.fps) // 2 * 2))
+        n = max(2, min(n, math.floor(total / rate * sampling.fps), total) // 2 * 2)
     return np.linspace(0, total - 1, n).round().astype(np.int64)
 
 
@@ -283,7 +283,7 @@ def encode(
         if sound is not None:
             audio = container.add_stream("aac", rate=rate)
             audio.codec_context.layout = "mono"
-            audio.codec_context.bit_rate = 32000
+            audio.codec_context.bit_rate = 2 * rate
             audio.codec_context.options = {"flags": "+bitexact"}
         for i, picture in enumerate(frames):
             rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
