@@ -1,0 +1,391 @@
+"""Shards to batches: shuffle, mix, decode, lay out, stack. Grain does the reading.
+
+    record -> Builder -> trees -> (one update's records) -> layout.pack -> layout.stack -> Batch
+
+Everything up to the batch is a function of (seed, index), so an iterator's state is its index:
+resuming is exact, whatever the number of workers. A record's trees (both sides of a duality pair)
+are one group, so they are always in one micro-batch.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from absl import flags
+from jaxtyping import Int, UInt8
+
+from jaxvid.batch import Batch
+from jaxvid.data import layout, media, records, shards
+from jaxvid.data.chat import Chat
+from jaxvid.data.layout import Branch, Tree
+
+SUPERVISED = ("sft", "choice", "caption")  # tasks whose `answer` responses are imitated
+GREY = 128  # a blank clip's pixels
+
+# (token ids, grids in patches, seconds from one temporal patch to the next) -> [3, n]
+Positions = Callable[
+    [Int[np.ndarray, "n"], list[tuple[int, int, int]], list[float]], Int[np.ndarray, "3 n"]
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """Which records are read, and how they become batches."""
+
+    shards: tuple[str, ...]  # folders or globs; each is one part of the mixture
+    tasks: tuple[str, ...]  # the examples used: sft, choice, caption, preference, policy
+    budget: layout.Budget  # rows are those of a micro-batch over all processes
+    weights: tuple[float, ...] = ()  # of the parts; () is by their number of records
+    split: str = "train"
+    pairs: int = 16  # records per update, over all processes
+    sampling: media.Sampling = media.Sampling()
+    workers: int = 0  # processes that decode; 0 is a thread of this one
+    cache: str = ""  # folder of decoded frames; "" decodes every time
+    questions: int = 0  # most supervised questions per clip, drawn anew each epoch; 0 is all
+    blank: float = 0.0  # chance that a record's clips are shown as plain grey
+    microbatches: int = 0  # per update; 0 is as many as needed, up to the next power of two
+
+    def __post_init__(self):
+        unknown = [t for t in self.tasks if t not in records.TASKS]
+        if unknown or not self.tasks:
+            raise ValueError(f"data.tasks is {self.tasks}; choose from {records.TASKS}")
+        if not self.shards:
+            raise ValueError("data.shards is empty; name at least one folder of shards")
+        if self.weights and (len(self.weights) != len(self.shards) or min(self.weights) <= 0):
+            raise ValueError(
+                f"data.weights is {self.weights} for {len(self.shards)} parts; give one number "
+                f"above 0 for each, or none to mix by size"
+            )
+        if self.pairs < 1 or not 0 <= self.blank <= 1:
+            raise ValueError(
+                f"data.pairs is {self.pairs} and data.blank {self.blank}; they must be at least 1 "
+                f"and between 0 and 1"
+            )
+
+
+class Prompts(NamedTuple):
+    """One policy question: a tree per clip (real, then counterfactual) and what it asks of each."""
+
+    record: records.Record
+    trees: list[Tree]
+    examples: list[records.Example]
+
+
+@dataclasses.dataclass(frozen=True)
+class Builder:
+    """Makes the trees of a record. Pickled into workers with what it needs of the model."""
+
+    chat: Chat
+    vision: media.Vision
+    positions: Positions
+    data: Data
+    # What is done to a clip's frames before they are cut into patches (evaluation controls).
+    frames: Callable[[UInt8[np.ndarray, "F h w 3"], str], UInt8[np.ndarray, "F h w 3"]] | None = (
+        None
+    )
+
+    def __call__(self, record: records.Record, rng: np.random.Generator) -> list[Tree]:
+        """The trees to train on: one per clip and, where supervised and preference mix, per task.
+
+        Raises ValueError if the record has no example of the tasks asked for.
+        """
+        blank = bool(rng.random() < self.data.blank)
+        keys = rng.random(len(record.examples))  # the same questions on both sides of a pair
+        trees = []
+        for side in range(-1, len(record.media)):
+            here = [e for e in record.examples if e.media == side and e.task in self.data.tasks]
+            asked = [e for e in here if e.task in SUPERVISED]
+            asked = self._drawn(asked, keys)
+            compared = [e for e in here if e.task == "preference"]
+            if asked or compared:
+                clip = self._clip(record, side, blank)
+            if asked:
+                trees.append(self._supervised(record, asked, clip))
+            if compared:
+                trees.append(self._preference(record, compared, clip))
+        if not trees:
+            found = sorted({e.task for e in record.examples})
+            raise ValueError(
+                f"record {record.id!r} has no example of {self.data.tasks}, only of {found}. Set "
+                f"data.tasks to what the shards hold, or leave these shards out."
+            )
+        return trees
+
+    def prompts(self, record: records.Record) -> list[Prompts]:
+        """The policy questions of a record. The k-th question of each clip belong together."""
+        policy = [e for e in record.examples if e.task == "policy"]
+        sides = [[e for e in policy if e.media == i] for i in sorted({e.media for e in policy})]
+        counts = {len(examples) for examples in sides}
+        if len(counts) != 1:
+            raise ValueError(
+                f"record {record.id!r} has {[len(s) for s in sides]} policy questions on its "
+                f"clips; every clip needs the same number, at least one."
+            )
+        clips = [self._clip(record, examples[0].media, False) for examples in sides]
+        out = []
+        for asked in zip(*sides):
+            trees = [
+                self._tree(record, clip, self.chat.suffix(e.prompt), ())
+                for clip, e in zip(clips, asked)
+            ]
+            out.append(Prompts(record, trees, list(asked)))
+        return out
+
+    def _drawn(self, examples: list[records.Example], keys: np.ndarray) -> list[records.Example]:
+        most = self.data.questions
+        if not most or len(examples) <= most:
+            return examples
+        return [examples[i] for i in sorted(np.argsort(keys[: len(examples)])[:most])]
+
+    def _clip(self, record: records.Record, side: int, blank: bool) -> "Clip":
+        """Decode a clip of the record and cut it into patches. -1 is no clip."""
+        if side < 0:
+            return Clip(None, (0, 0, 0), 0.0, False, side)
+        item = record.media[side]
+        if item.kind == "audio":
+            raise ValueError(
+                f"record {record.id!r}: media {side} is audio, which this model cannot see; use "
+                f"records with video or images"
+            )
+        try:
+            frames, seconds = media.FrameCache(self.data.cache or None).decode(
+                item.data, self.data.sampling
+            )
+        except media.MediaError as error:
+            raise media.MediaError(f"record {record.id!r}, media {side}: {error}") from error
+        if self.frames is not None:
+            frames = self.frames(np.asarray(frames), record.id)
+        if blank:
+            frames = np.full_like(frames, GREY)
+        patches, grid = media.patchify(frames, self.vision)
+        return Clip(patches, grid, seconds * self.vision.temporal, item.kind == "image", side)
+
+    def _tree(
+        self,
+        record: records.Record,
+        clip: "Clip",
+        suffix: Int[np.ndarray, "n"] | None,
+        branches: tuple[Branch, ...],
+    ) -> Tree:
+        """A tree whose prompt ends with the clip, or with the question where there is a suffix."""
+        features = int(np.prod(clip.grid)) // self.vision.merge**2
+        prefix = self.chat.prefix(features, image=clip.image)
+        prompt = prefix if suffix is None else np.concatenate([prefix, suffix])
+        pad = self.chat.image_id if clip.image else self.chat.video_id
+        grids = [clip.grid] if features else []
+        return layout.tree(
+            record.id,
+            prompt,
+            self.positions(prompt, grids, [clip.seconds] * len(grids)),
+            self.vision,
+            placeholders=prompt == pad,
+            patches=clip.patches,
+            grid=clip.grid,
+            branches=branches,
+        )
+
+    def _supervised(self, record: records.Record, asked: list, clip: "Clip") -> Tree:
+        """Prompt: the clip. Branches: each question with its answer; the answer is scored."""
+        branches = []
+        for e in asked:
+            question = self.chat.suffix(e.prompt)
+            for r in e.responses:
+                if r.role != "answer":
+                    continue
+                reply = self.chat.response(r.text)
+                scored = np.arange(len(question) + len(reply)) >= len(question)
+                branches.append(
+                    Branch(
+                        np.concatenate([question, reply]),
+                        scored,
+                        side=max(clip.side, 0),
+                        branch=len(branches),
+                        weight=e.weight,
+                    )
+                )
+        return self._tree(record, clip, None, tuple(branches))
+
+    def _preference(self, record: records.Record, compared: list, clip: "Clip") -> Tree:
+        """Branches: the chosen and the rejected replies, which name the chosen one as mate.
+
+        One question ends the prompt. Of several, each is an unscored branch of the clip, and its
+        replies continue it.
+        """
+        branches: list[Branch] = []
+        side, several = max(clip.side, 0), len(compared) > 1
+        for e in compared:
+            parent = 0
+            if several:
+                question = self.chat.suffix(e.prompt)
+                none = np.zeros(len(question), bool)
+                branches.append(Branch(question, none, side=side, weight=0.0))
+                parent = len(branches)
+            replies = [r for r in e.responses if r.role in ("chosen", "rejected")]
+            replies.sort(key=lambda r: r.role)  # the chosen one first
+            chosen = len(branches) + 1
+            for r in replies:
+                tokens = self.chat.response(r.text)
+                branches.append(
+                    Branch(
+                        tokens,
+                        np.ones(len(tokens), bool),
+                        side=side,
+                        branch=len(branches),
+                        mate=chosen if r.role == "rejected" else 0,
+                        axis=records.AXES.index(r.axis),
+                        weight=e.weight,
+                        parent=parent,
+                    )
+                )
+        suffix = None if several else self.chat.suffix(compared[0].prompt)
+        return self._tree(record, clip, suffix, tuple(branches))
+
+
+class Clip(NamedTuple):
+    """A decoded clip, ready for a tree."""
+
+    patches: UInt8[np.ndarray, "e q C"] | None
+    grid: tuple[int, int, int]
+    seconds: float  # from one temporal patch to the next
+    image: bool
+    side: int
+
+
+# Reading ----------------------------------------------------------------------------------------
+
+
+def _mixture(data: Data, seed: int, epochs: int | None) -> grain.MapDataset:
+    """(record, its own random numbers) of all parts, shuffled anew each epoch; endless if None."""
+    sources = [shards.Source(folder, data.split) for folder in data.shards]
+    parts = []
+    for i, source in enumerate(sources):
+        own = int(np.random.SeedSequence((seed, i)).generate_state(1)[0])  # parts differ in order
+        part = grain.MapDataset.source(source).seed(own).shuffle().repeat(epochs)
+        parts.append(part.random_map(_with_rng))
+    if len(parts) == 1:
+        return parts[0]
+    if epochs is not None and not data.weights:
+        return grain.MapDataset.concatenate(parts)
+    return grain.MapDataset.mix(parts, data.weights or [len(s) for s in sources])
+
+
+def _with_rng(record: records.Record, rng: np.random.Generator):
+    # Grain lends one generator to all elements; what is kept needs its own.
+    return record, int(rng.integers(2**63))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pack:
+    """One update's records -> Batch with a leading axis of micro-batches."""
+
+    builder: Builder
+    budget: layout.Budget  # of this process
+    first: int  # index, in the update, of this process's first record
+
+    def __call__(self, update: list) -> Batch:
+        groups = []
+        for i, (record, seed) in enumerate(update, self.first):
+            trees = self.builder(record, np.random.default_rng(seed))
+            groups.append([layout.numbered(t, record=i, pair=i) for t in trees])
+        packed = layout.pack(groups, self.budget)
+        count = self.builder.data.microbatches
+        if count and len(packed) > count:
+            raise ValueError(
+                f"{len(update)} records need {len(packed)} micro-batches; data.microbatches is "
+                f"{count}. Set it to {len(packed)} or more, or data.pairs to fewer."
+            )
+        return layout.stack(packed, count)
+
+
+def _updates(
+    data: Data, seed: int, process: int, processes: int, epochs: int | None
+) -> grain.MapDataset:
+    """Lists of (record, seed): the share of this process in each update."""
+    if data.pairs % processes or data.budget.rows % processes:
+        raise ValueError(
+            f"data.pairs {data.pairs} and budget.rows {data.budget.rows} must both divide over "
+            f"{processes} processes"
+        )
+    if processes > 1 and not data.microbatches:
+        raise ValueError(
+            "with several processes every one must make the same number of micro-batches: set "
+            "data.microbatches"
+        )
+    records_ = _mixture(data, seed, epochs).slice(slice(process, None, processes))
+    return records_.batch(data.pairs // processes, drop_remainder=epochs is None, batch_fn=list)
+
+
+def batches(
+    data: Data,
+    builder: Builder,
+    seed: int,
+    *,
+    process: int = 0,
+    processes: int = 1,
+    epochs: int | None = None,
+) -> grain.IterDataset:
+    """Batches, one an update, with a leading axis of micro-batches. `epochs` None never ends.
+
+    The iterator's `get_state` and `set_state` resume exactly. Element n depends on (data, seed, n)
+    alone, not on `data.workers`.
+    """
+    updates = _updates(data, seed, process, processes, epochs)
+    budget = dataclasses.replace(data.budget, rows=data.budget.rows // processes)
+    pack = _Pack(builder, budget, process * (data.pairs // processes))
+    return _iterate(updates.map(pack), data.workers)
+
+
+def update_ids(
+    data: Data, seed: int, step: int, *, process: int = 0, processes: int = 1
+) -> list[str]:
+    """The ids of the records in the step-th batch (from 0): `Branches.record` indexes this list.
+
+    With several processes, of this process's share. Reads the records again; for reports.
+    """
+    return [r.id for r, _ in _updates(data, seed, process, processes, None)[step]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ask:
+    """One of a record's policy questions, drawn at random."""
+
+    builder: Builder
+
+    def __call__(self, drawn) -> Prompts:
+        record, seed = drawn
+        found = self.builder.prompts(record)
+        return found[np.random.default_rng(seed).integers(len(found))]
+
+
+def prompts(
+    data: Data, builder: Builder, seed: int, *, process: int = 0, processes: int = 1
+) -> grain.IterDataset:
+    """Policy questions for the sampler, without end: (record, trees, examples).
+
+    A record met again asks one of its questions drawn anew.
+    """
+    drawn = _mixture(data, seed, None).slice(slice(process, None, processes))
+    return _iterate(drawn.map(_Ask(builder)), data.workers)
+
+
+def questions(data: Data, builder: Builder) -> Iterator[Prompts]:
+    """Every policy question of the split, once, in the order of the shards: what is evaluated."""
+    for folder in data.shards:
+        source = shards.Source(folder, data.split)
+        for i in range(len(source)):
+            yield from builder.prompts(source[i])
+
+
+def _iterate(dataset: grain.MapDataset, workers: int) -> grain.IterDataset:
+    # Elements are whole batches: a deep buffer would be many copies of a large array.
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    out = dataset.to_iter_dataset(options)
+    if not workers:
+        return out
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["jaxvid"])  # Grain's workers read absl flags, which must be parsed
+    return out.mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    )
