@@ -195,8 +195,8 @@ class Chat:
             raise ValueError(f"the reply {text[:60]!r} starts with white space; strip it first")
         return _array([*self._ids(text), self._special[END_OF_TURN]])
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids, control tokens left out."""
+    def decode(self, ids: Iterable) -> str:
+        """The text of the ids (integers of any kind), control tokens left out."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
