@@ -63,7 +63,7 @@ def test_writer_streams(tmp_path):
             yield record(i)
 
     shards.write(tmp_path, make(), split="train", shard_records=2)
-    assert seen == [0, 1, 1, 2, 2, 3]
+    assert seen == [1, 1, 2, 2, 3, 3]  # the file being written, then also those before
 
 
 def test_failure_leaves_the_folder_as_it_was(tmp_path):
@@ -77,6 +77,32 @@ def test_failure_leaves_the_folder_as_it_was(tmp_path):
     with pytest.raises(OSError, match="disk"):
         shards.write(tmp_path, breaks(), split="train", replace=True)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
+    bad = dataclasses.replace(record(1), licence="")
+    rows = [record(0), bad, *(record(i) for i in range(2, 8))]
+
+    def breaks():
+        yield from rows[:6]
+        raise KeyboardInterrupt
+
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    shards.write(whole, rows, split="train", shard_records=2)
+    with pytest.raises(KeyboardInterrupt):
+        shards.write(again, breaks(), split="train", shard_records=2, resume="seed 0")
+    with pytest.raises(shards.ShardError, match="no manifest"):
+        shards.Source(again, "train")
+    assert shards.resumable(again, split="test", resume="seed 0") == 0
+    with pytest.raises(shards.ShardError, match="other settings .'seed 0', now 'seed 1'"):
+        shards.resumable(again, split="train", resume="seed 1")
+    done = shards.resumable(again, split="train", resume="seed 0")
+    assert done == 5  # two whole shards and the reject between
+    rest = (r for r in rows[done:])
+    assert shards.write(again, rest, split="train", shard_records=2, resume="seed 0")[:2] == (7, 1)
+    assert {p.name for p in whole.iterdir()} == {p.name for p in again.iterdir()}
+    for file in whole.iterdir():
+        assert file.read_bytes() == (again / file.name).read_bytes(), file.name
 
 
 def test_an_existing_split_is_replaced_only_on_demand(tmp_path):

@@ -70,68 +70,118 @@ def write(
     split: str,
     shard_records: int = 256,
     replace: bool = False,
+    resume: str = "",
 ) -> Written:
     """Writes one split; other splits of the folder stay. Holds one record at a time in memory.
 
     A record that fails its check, names another split or repeats an id goes to rejects.jsonl with
-    the reason. If writing stops half-way the folder is as it was.
+    the reason. If writing stops half-way the folder is as it was. With `resume`, a text that names
+    the input (its settings and seed), finished shards are kept aside, and the next call with the
+    same text goes on after them: give it the records from number `resumable(...)` on.
 
-    Raises ShardError if the split exists (unless `replace`) or if no record is left.
+    Raises ShardError if the split exists (unless `replace`), if no record is left, or if the shards
+    kept aside are of another input.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not replace and split in _manifest_or_empty(folder)["splits"]:
         raise ShardError(f"{folder} has a split {split!r} already; give replace=True or remove it")
-    work = pathlib.Path(tempfile.mkdtemp(prefix=f".{split}-", dir=folder))
+    if resume:
+        work = _aside(folder, split)
+        work.mkdir(exist_ok=True)
+    else:
+        work = pathlib.Path(tempfile.mkdtemp(prefix=f".{split}-", dir=folder))
     try:
-        rejects: list[dict] = []
-        good = _accepted(records, split, rejects)
-        lengths = _write_parts(work, good, shard_records)
-        if not lengths:
+        parts = _parts(work, resume)
+        _write_parts(work, records, split, shard_records, resume, parts)
+        rejects = [r for p in parts for r in p["rejects"]]
+        if not any(p["ids"] for p in parts):
             reasons = "".join(f"\n  {r['id']!r}: {r['reason']}" for r in rejects[:5])
             raise ShardError(f"{folder}: no record for split {split!r} is usable.{reasons}")
         with _lock(folder):
-            files = _publish(folder, work, split, lengths, rejects)
+            files = _publish(folder, work, split, parts)
+        resume = ""  # published: nothing is left to go on with
     finally:
-        shutil.rmtree(work)
-    return Written(sum(lengths), len(rejects), files)
+        if not resume:
+            shutil.rmtree(work)
+    return Written(sum(len(p["ids"]) for p in parts), len(rejects), files)
 
 
-def _accepted(records: Iterable[Record], split: str, rejects: list[dict]) -> Iterator[bytes]:
-    seen = set()
-    for index, record in enumerate(records):
-        try:
-            record.check()
-            if record.split != split:
-                raise ValueError(f"its split is {record.split!r}, written is {split!r}")
-            if record.id in seen:
-                raise ValueError("its id is used before")
-        except ValueError as error:
-            row = {"split": split, "index": index, "id": record.id, "reason": str(error)}
-            rejects.append(row)
-            continue
-        seen.add(record.id)
-        yield records_lib.serialise(record)
+def resumable(folder: str | os.PathLike, *, split: str, resume: str) -> int:
+    """How many records of its input an interrupted `write` with this `resume` has dealt with."""
+    work = _aside(pathlib.Path(folder), split)
+    return sum(p["taken"] for p in _parts(work, resume)) if work.exists() else 0
 
 
-def _write_parts(work: pathlib.Path, data: Iterator[bytes], shard_records: int) -> list[int]:
-    """Files part-0, part-1 ... of at most `shard_records`; their lengths."""
-    lengths = []
-    for first in data:
-        shard = itertools.chain([first], itertools.islice(data, shard_records - 1))
-        path = work / f"part-{len(lengths)}"
+def _aside(folder: pathlib.Path, split: str) -> pathlib.Path:
+    return folder / f".{split}-parts"
+
+
+def _parts(work: pathlib.Path, resume: str) -> list[dict]:
+    """The finished parts, a line of parts.jsonl each: file, input taken, ids in it, rejects."""
+    path = work / "parts.jsonl"
+    parts = _lines(path) if path.exists() else []
+    other = [p["resume"] for p in parts if p["resume"] != resume]
+    if other:
+        raise ShardError(
+            f"{work} holds shards of an interrupted run with other settings ({other[0]!r}, now "
+            f"{resume!r}). Finish that run with its settings, or remove {work}."
+        )
+    return parts
+
+
+def _write_parts(
+    work: pathlib.Path,
+    records: Iterable[Record],
+    split: str,
+    shard_records: int,
+    resume: str,
+    parts: list[dict],
+) -> None:
+    """Files of at most `shard_records`; each is appended to `parts` and parts.jsonl when whole."""
+    seen = {i for p in parts for i in p["ids"]}
+    numbered = enumerate(records, start=sum(p["taken"] for p in parts))
+    while True:
+        path = work / f"part-{len(parts)}"
+        part = {"file": path.name, "resume": resume, "taken": 0, "ids": [], "rejects": []}
         writer = ArrayRecordWriter(str(path), "group_size:1")  # a group is what one read unpacks
-        lengths.append(0)
-        for item in shard:
-            writer.write(item)
-            lengths[-1] += 1
-        writer.close()
+        try:
+            for index, record in numbered:
+                part["taken"] += 1
+                reason = _fault(record, split, seen)
+                if reason:
+                    row = {"split": split, "index": index, "id": record.id, "reason": reason}
+                    part["rejects"].append(row)
+                    continue
+                writer.write(records_lib.serialise(record))
+                seen.add(record.id)
+                part["ids"].append(record.id)
+                if len(part["ids"]) == shard_records:
+                    break
+        finally:
+            writer.close()
+        if not part["taken"]:
+            return
         _fsync(path)
-    return lengths
+        with open(work / "parts.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(part, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        parts.append(part)
+
+
+def _fault(record: Record, split: str, seen: set[str]) -> str:
+    try:
+        record.check()
+    except ValueError as error:
+        return str(error)
+    if record.split != split:
+        return f"its split is {record.split!r}, written is {split!r}"
+    return "its id is used before" if record.id in seen else ""
 
 
 def _publish(
-    folder: pathlib.Path, work: pathlib.Path, split: str, lengths: list[int], rejects: list[dict]
+    folder: pathlib.Path, work: pathlib.Path, split: str, parts: list[dict]
 ) -> tuple[str, ...]:
     """Moves the parts to their names, then writes the files that say that they are there."""
     manifest = _manifest_or_empty(folder)
@@ -141,15 +191,16 @@ def _publish(
         for entry in old:
             (folder / entry["file"]).unlink(missing_ok=True)
     entries = []
-    for i, count in enumerate(lengths):
-        part = work / f"part-{i}"
-        name = f"{NAME}-{split}.array_record-{i:05d}-of-{len(lengths):05d}"
-        entry = {"file": name, "records": count, "bytes": part.stat().st_size}
-        entries.append(entry | {"sha256": _sha256(part)})
-        os.replace(part, folder / name)
+    filled = [p for p in parts if p["ids"]]  # the last may have held rejects alone
+    for i, part in enumerate(filled):
+        path = work / part["file"]
+        name = f"{NAME}-{split}.array_record-{i:05d}-of-{len(filled):05d}"
+        entry = {"file": name, "records": len(part["ids"]), "bytes": path.stat().st_size}
+        entries.append(entry | {"sha256": _sha256(path)})
+        os.replace(path, folder / name)
     path = folder / "rejects.jsonl"
     others = _lines(path) if path.exists() else []
-    kept = [r for r in others if r["split"] != split] + rejects
+    kept = [r for r in others if r["split"] != split] + [r for p in parts for r in p["rejects"]]
     _replace(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
     manifest["splits"][split] = entries
     _write_manifest(folder, manifest)
