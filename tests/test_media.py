@@ -105,6 +105,17 @@ def test_a_clip_filmed_sideways_is_turned_upright():
     np.testing.assert_array_equal(turned, np.rot90(plain, -1, axes=(1, 2)))
 
 
+def test_a_clip_decodes_whole():
+    clip = media.decode_whole(media.encode(film(), 8.0))
+    assert clip.frames.shape == (12, 32, 48, 3) and clip.seconds_per_frame == 1 / 8
+    assert level(clip) == list(range(12))
+    dog = (CLIPS / "dog.mp4").read_bytes()
+    small = media.decode_whole(dog, max_pixels=64 * 100)
+    assert small.frames.shape[1] * small.frames.shape[2] <= 6400
+    assert small.frames.shape[2] / small.frames.shape[1] == pytest.approx(16 / 9, rel=0.03)
+    assert len(media.encode(small.frames, 1 / small.seconds_per_frame)) < len(dog)
+
+
 def test_errors_say_what_is_wrong():
     data, seen = media.encode(film(), 8.0, click(0.5)), Sampling(4, 16, 16)
     with pytest.raises(MediaError, match="clip is cut off"):

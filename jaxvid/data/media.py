@@ -14,6 +14,7 @@ import os
 import pathlib
 import tempfile
 import threading
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -103,6 +104,25 @@ def decode(data: bytes, sampling: Sampling) -> Clip:
     return Clip(frames, total / float(rate) / len(wanted))
 
 
+def decode_whole(data: bytes, max_pixels: int = 0) -> Clip:
+    """Every frame, for editing: at its native size (less an odd row or column, which `encode`
+    cannot hold), or reduced to `max_pixels` with its aspect kept.
+    """
+    with _open(data) as container:
+        stream = _stream(container, "video")
+        rate = stream.average_rate or stream.guessed_rate
+        pictures = list(_decoded(stream, None))
+    if not pictures or not rate:
+        raise MediaError(f"video of {len(pictures)} frames at {rate} fps; want at least one frame")
+    width, height = pictures[0].size
+    if max_pixels and width * height > max_pixels:
+        sampling = Sampling(2, 0, 0, max_pixels=max_pixels, multiple=2)
+        frames = _resize(pictures, sampling)
+    else:
+        frames = np.stack([np.asarray(p)[: height // 2 * 2, : width // 2 * 2] for p in pictures])
+    return Clip(frames, 1 / float(rate))
+
+
 def frame_indices(total: int, rate: float, sampling: Sampling) -> np.ndarray:
     """Indices of the frames seen, of a clip of `total` frames at `rate` frames a second."""
     n = sampling.frames
@@ -113,21 +133,31 @@ def frame_indices(total: int, rate: float, sampling: Sampling) -> np.ndarray:
 
 def _pictures(data: bytes, wanted: np.ndarray) -> tuple[dict[int, Image.Image], int]:
     """The wanted frames as PIL images at their native size, and how many frames there are."""
-    keep, pictures, total = set(wanted.tolist()), {}, 0
     with _open(data) as container:
         stream = _stream(container, "video")
-        stream.codec_context.thread_count = 1  # workers are processes; threads only fight them
-        try:
-            for total, frame in enumerate(container.decode(stream), start=1):
-                if total - 1 in keep:
-                    rgb = _reformatter().reformat(frame, format="rgb24").to_ndarray()
-                    upright = np.rot90(rgb, frame.rotation // 90)  # phones film sideways
-                    pictures[total - 1] = Image.fromarray(np.ascontiguousarray(upright))
-        except av.error.FFmpegError as error:
-            raise MediaError(f"video does not decode after frame {total}: {error}") from error
+        total, pictures = 0, {}
+        for total, picture in enumerate(_decoded(stream, set(wanted.tolist())), start=1):
+            if picture is not None:
+                pictures[total - 1] = picture
     if not total:
         raise MediaError("no frame of the video decodes")
     return pictures, total
+
+
+def _decoded(stream: av.VideoStream, keep: set[int] | None) -> Iterator[Image.Image | None]:
+    """Each frame of the stream, as an image if it is in `keep` (None: all are)."""
+    stream.codec_context.thread_count = 1  # workers are processes; threads only fight them
+    index = 0
+    try:
+        for index, frame in enumerate(stream.container.decode(stream)):
+            if keep is not None and index not in keep:
+                yield None
+                continue
+            rgb = _reformatter().reformat(frame, format="rgb24").to_ndarray()
+            upright = np.rot90(rgb, frame.rotation // 90)  # phones film sideways
+            yield Image.fromarray(np.ascontiguousarray(upright))
+    except av.error.FFmpegError as error:
+        raise MediaError(f"video does not decode after frame {index}: {error}") from error
 
 
 _LOCAL = threading.local()
