@@ -116,6 +116,25 @@ def test_a_clip_decodes_whole():
     assert len(media.encode(small.frames, 1 / small.seconds_per_frame)) < len(dog)
 
 
+def test_a_header_that_does_not_count_or_counts_wrong():
+    """WebM does not say how many frames it has; an edit list hides frames that MP4 counts."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for picture in film():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    assert level(media.decode(file.getvalue(), Sampling(4, 16, 16))) == [0, 4, 7, 11]
+    data = bytearray(media.encode(film(), 8.0))
+    at = data.find(b"elst") + 12
+    half = int.from_bytes(data[at : at + 4], "big") // 2
+    data[at : at + 4] = half.to_bytes(4, "big")
+    clip = media.decode(bytes(data), Sampling(4, 16, 16))
+    shown = len(media.decode_whole(bytes(data)).frames)
+    assert 6 <= shown < 12 and level(clip)[-1] == shown - 1
+
+
 def test_errors_say_what_is_wrong():
     data, seen = media.encode(film(), 8.0, click(0.5)), Sampling(4, 16, 16)
     with pytest.raises(MediaError, match="clip is cut off"):

@@ -91,17 +91,15 @@ def decode(data: bytes, sampling: Sampling) -> Clip:
         return Clip(_resize([_open_image(data)], sampling), 0.0)
     with _open(data) as container:
         stream = _stream(container, "video")
-        packets = stream.frames or sum(p.size > 0 for p in container.demux(stream))
-        rate = stream.average_rate or stream.guessed_rate
-    if not packets or not rate:
-        raise MediaError(f"video of {packets} frames at {rate} fps; want at least one frame")
-    wanted = frame_indices(packets, float(rate), sampling)
-    pictures, total = _pictures(data, wanted)
+        rate = _frame_rate(stream)
+        wanted = frame_indices(stream.frames or _count(data), rate, sampling)
+        pictures, total = _pictures(stream, wanted)
     if total <= wanted[-1]:  # the header counts frames that an edit list cuts
-        wanted = frame_indices(total, float(rate), sampling)
-        pictures, total = _pictures(data, wanted)
+        wanted = frame_indices(total, rate, sampling)
+        with _open(data) as container:
+            pictures, total = _pictures(_stream(container, "video"), wanted)
     frames = _resize([pictures[i] for i in wanted], sampling)
-    return Clip(frames, total / float(rate) / len(wanted))
+    return Clip(frames, total / rate / len(wanted))
 
 
 def decode_whole(data: bytes, max_pixels: int = 0) -> Clip:
@@ -110,17 +108,16 @@ def decode_whole(data: bytes, max_pixels: int = 0) -> Clip:
     """
     with _open(data) as container:
         stream = _stream(container, "video")
-        rate = stream.average_rate or stream.guessed_rate
-        pictures = list(_decoded(stream, None))
-    if not pictures or not rate:
-        raise MediaError(f"video of {len(pictures)} frames at {rate} fps; want at least one frame")
+        rate, pictures = _frame_rate(stream), list(_decoded(stream, None))
+    if not pictures:
+        raise MediaError("no frame of the video decodes")
     width, height = pictures[0].size
     if max_pixels and width * height > max_pixels:
         sampling = Sampling(2, 0, 0, max_pixels=max_pixels, multiple=2)
         frames = _resize(pictures, sampling)
     else:
         frames = np.stack([np.asarray(p)[: height // 2 * 2, : width // 2 * 2] for p in pictures])
-    return Clip(frames, 1 / float(rate))
+    return Clip(frames, 1 / rate)
 
 
 def frame_indices(total: int, rate: float, sampling: Sampling) -> np.ndarray:
@@ -131,14 +128,28 @@ def frame_indices(total: int, rate: float, sampling: Sampling) -> np.ndarray:
     return np.linspace(0, total - 1, n).round().astype(np.int64)
 
 
-def _pictures(data: bytes, wanted: np.ndarray) -> tuple[dict[int, Image.Image], int]:
-    """The wanted frames as PIL images at their native size, and how many frames there are."""
+def _frame_rate(stream: av.VideoStream) -> float:
+    rate = stream.average_rate or stream.guessed_rate
+    if not rate:
+        raise MediaError("the video states no frame rate; write it to MP4 with one")
+    return float(rate)
+
+
+def _count(data: bytes) -> int:
+    """Frames of a container whose header does not count them (WebM, MPEG-TS)."""
     with _open(data) as container:
-        stream = _stream(container, "video")
-        total, pictures = 0, {}
-        for total, picture in enumerate(_decoded(stream, set(wanted.tolist())), start=1):
-            if picture is not None:
-                pictures[total - 1] = picture
+        count = sum(p.size > 0 for p in container.demux(_stream(container, "video")))
+    if not count:
+        raise MediaError("video of 0 frames; want at least one")
+    return count
+
+
+def _pictures(stream: av.VideoStream, wanted: np.ndarray) -> tuple[dict[int, Image.Image], int]:
+    """The wanted frames as PIL images at their native size, and how many frames there are."""
+    total, pictures = 0, {}
+    for total, picture in enumerate(_decoded(stream, set(wanted.tolist())), start=1):
+        if picture is not None:
+            pictures[total - 1] = picture
     if not total:
         raise MediaError("no frame of the video decodes")
     return pictures, total
@@ -153,7 +164,7 @@ def _decoded(stream: av.VideoStream, keep: set[int] | None) -> Iterator[Image.Im
             if keep is not None and index not in keep:
                 yield None
                 continue
-            rgb = _reformatter().reformat(frame, format="rgb24").to_ndarray()
+            rgb = _reformatter().reformat(frame, format="rgb24", threads=1).to_ndarray()
             upright = np.rot90(rgb, frame.rotation // 90)  # phones film sideways
             yield Image.fromarray(np.ascontiguousarray(upright))
     except av.error.FFmpegError as error:
@@ -164,7 +175,10 @@ _LOCAL = threading.local()
 
 
 def _reformatter() -> VideoReformatter:
-    """One colour converter a thread: making one costs more than using it, sharing one is unsafe."""
+    """One colour converter a thread: making one costs more than using it, sharing one is unsafe.
+
+    Use it with threads=1: on small frames its own threads cost thirty times the conversion.
+    """
     try:
         return _LOCAL.reformatter
     except AttributeError:
@@ -317,7 +331,9 @@ def encode(
             audio.codec_context.options = {"flags": "+bitexact"}
         for i, picture in enumerate(frames):
             rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            frame = _reformatter().reformat(rgb, format="yuv420p", dst_colorspace=Colorspace.ITU601)
+            frame = _reformatter().reformat(
+                rgb, format="yuv420p", dst_colorspace=Colorspace.ITU601, threads=1
+            )
             frame.pts, frame.time_base = i, 1 / fraction
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
