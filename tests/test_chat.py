@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 
 from jaxvid.data import chat
 
+# beartype draws from `random` when it checks a list, perhaps on another test's reader thread.
+pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module")
+
 QUESTION = "What happens to the red ball?\nA. it falls\nB. it rises"
 REPLY = "<think>it rises to the top</think> <answer>B</answer>"
 # The template that the released Qwen2.5-VL folders carry: list contents, a default system turn.

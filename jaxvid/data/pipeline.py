@@ -117,11 +117,15 @@ class Builder:
         """The policy questions of a record. The k-th question of each clip belong together."""
         policy = [e for e in record.examples if e.task == "policy"]
         sides = [[e for e in policy if e.media == i] for i in sorted({e.media for e in policy})]
-        counts = {len(examples) for examples in sides}
-        if len(counts) != 1:
+        if not sides:
+            raise ValueError(
+                f"record {record.id!r} has no policy question. Name shards that hold examples of "
+                f"task 'policy'."
+            )
+        if len({len(examples) for examples in sides}) > 1:
             raise ValueError(
                 f"record {record.id!r} has {[len(s) for s in sides]} policy questions on its "
-                f"clips; every clip needs the same number, at least one."
+                f"clips. Give every clip the same number: the k-th of each make a pair."
             )
         clips = [self._clip(record, examples[0].media, False) for examples in sides]
         out = []
