@@ -286,6 +286,11 @@ def read_manifest(folder: str | os.PathLike) -> dict:
     return manifest
 
 
+def splits(folder: str | os.PathLike) -> tuple[str, ...]:
+    """The finished splits of a folder; none where nothing was ever finished."""
+    return tuple(_manifest_or_empty(pathlib.Path(folder))["splits"])
+
+
 def _folders(pattern: str) -> list[pathlib.Path]:
     found = [pathlib.Path(p) for p in sorted(glob.glob(pattern))]
     folders = [p for p in found if p.is_dir()]

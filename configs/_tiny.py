@@ -1,0 +1,53 @@
+"""What the laptop recipes share: the world's shards and the static shapes of the tiny model.
+
+A clip is 8 frames of 48 x 48 pixels: 4 temporal patches of 36 patches, 36 tokens of the decoder.
+"""
+
+from jaxvid.data import layout, media, pipeline
+
+WORLD = "runs/world"  # jaxvid-forge procedural --out runs/world
+BASE = "@checkpoints/tiny_base"
+SAMPLING = media.Sampling(frames=8, height=48, width=48)
+
+
+def supervised(pairs: int, split: str = "train", shards: str = WORLD) -> pipeline.Data:
+    """Open questions and questions of choice, 8 : 2; both sides of `pairs` records an update."""
+    return pipeline.Data(
+        shards=(shards,),
+        split=split,
+        tasks=("sft", "choice", "caption"),
+        budget=layout.Budget(
+            rows=pairs + 2, tokens=352, scored=160, branches=12, frames=8, patches=36
+        ),
+        pairs=pairs,
+        questions=5,
+        sampling=SAMPLING,
+    )
+
+
+def preferences(pairs: int, split: str = "train") -> pipeline.Data:
+    """Chosen and rejected statements on up to three axes; both sides of `pairs` records."""
+    return pipeline.Data(
+        shards=(WORLD,),
+        split=split,
+        tasks=("preference",),
+        budget=layout.Budget(
+            rows=pairs + 2, tokens=288, scored=144, branches=20, frames=8, patches=36
+        ),
+        pairs=pairs,
+        sampling=SAMPLING,
+    )
+
+
+def questions(pairs: int, split: str = "train") -> pipeline.Data:
+    """The pairs' shared question of choice; a row holds one prompt and its group of replies."""
+    return pipeline.Data(
+        shards=(WORLD,),
+        split=split,
+        tasks=("policy",),
+        budget=layout.Budget(
+            rows=2 * pairs, tokens=288, scored=192, branches=8, frames=4, patches=36
+        ),
+        pairs=pairs,
+        sampling=SAMPLING,
+    )

@@ -1,0 +1,20 @@
+"""Greedy answers to the held-out pairs of the laptop world: Real, CF and Both accuracy.
+
+Run:     jaxvid eval configs/tiny_eval.py --model runs/dna/model --workdir runs/dna/eval/none
+Test:    jaxvid eval configs/tiny_eval.py:runlocal --workdir /tmp/eval
+Expect:  not measured yet
+"""
+
+from configs import _tiny
+from jaxvid.config import EvalRun
+from jaxvid.eval.run import Settings
+from jaxvid.models.layers import Compute
+
+
+def get_config(runlocal: bool = False) -> EvalRun:
+    return EvalRun(
+        model=_tiny.BASE,
+        compute=Compute(remat=False, unroll=4),
+        data=_tiny.questions(8, "test"),
+        ask=Settings(max_tokens=24, rows=16 if runlocal else 100, limit=8 if runlocal else 0),
+    )

@@ -1,0 +1,28 @@
+"""SFT on duality pairs of the laptop world, from the shipped base (DNA-Train, first stage).
+
+Both sides of a pair are in every batch, so real and counterfactual clips are equally many. The
+learning rate and the steps are ours; the paper's are for 7B (arXiv 2512.24271, section 4).
+
+Run:     jaxvid train configs/tiny_sft.py --workdir runs/sft
+Test:    jaxvid train configs/tiny_sft.py:runlocal --workdir /tmp/sft
+Expect:  not measured yet
+"""
+
+from configs import _tiny
+from jaxvid.config import SFTRun
+from jaxvid.models.layers import Compute
+from jaxvid.train.optimizers import Muon
+
+
+def get_config(runlocal: bool = False) -> SFTRun:
+    pairs, steps = (2, 2) if runlocal else (16, 100)
+    return SFTRun(
+        model=_tiny.BASE,
+        compute=Compute(remat=False, unroll=4),
+        data=_tiny.supervised(pairs),
+        validation=_tiny.supervised(pairs, "validation"),
+        optimizer=Muon(lr=5e-4, warmup=0 if runlocal else 10, final=0.1),
+        steps=steps,
+        eval_every=50,
+        checkpoint_every=50,
+    )
