@@ -1,6 +1,7 @@
 """jaxvid-forge: one verb per pipeline that makes training data.
 
     jaxvid-forge procedural --out DIR [--train 3000 --validation 100 --test 300 --seed 0]
+    jaxvid-forge visual --videos DIR --out DIR [--edits 4]
     jaxvid-forge tokenizer --shards DIR --out MODEL_DIR [--vocab 512]
 
 Every record is a function of seed, split and index, so workers may render in any order and an
@@ -18,9 +19,10 @@ from collections.abc import Iterator
 import tyro
 from tqdm import tqdm
 
+from data_gen import sources, visual
 from data_gen.procedural.make import CHUNK, Mix, chunk
 from data_gen.procedural.scene import Settings
-from jaxvid.data import chat, shards
+from jaxvid.data import chat, media, shards
 from jaxvid.data.records import Record
 
 SPLITS = ("train", "validation", "test")
@@ -108,6 +110,67 @@ def _plain(value):
 
 
 @dataclasses.dataclass(frozen=True)
+class Visual:
+    """Duality pairs of your own clips: one visual edit each, by OpenCV; the sound stays."""
+
+    videos: pathlib.Path  # folder of clips, read with all that lies below it
+    out: pathlib.Path
+    edits: int = 4  # pairs made of each clip
+    seed: int = 0
+    licence: str = "unstated"  # of the clips; written into every record
+    max_pixels: int = 65_536  # most pixels of a stored frame; 0 keeps the size
+
+    def __post_init__(self):
+        if self.edits < 1:
+            raise ValueError(f"--edits {self.edits}: make at least one pair of a clip")
+
+
+def footage(args: Visual) -> None:
+    """Writes the train split. A clip that cannot be used goes to unreadable.jsonl with its reason.
+
+    Raises SystemExit if no clip can be used.
+    """
+    if (args.out / "forged.json").exists():
+        print(f"{args.out} is there")
+        return
+    faults: list[dict[str, str]] = []
+    try:
+        written = shards.write(args.out, _edited(args, faults), split="train", replace=True)
+    except (FileNotFoundError, shards.ShardError) as error:
+        told = "".join(f"\n  {f['clip']}: {f['reason']}" for f in faults[:5])
+        raise SystemExit(f"jaxvid-forge visual: {error}{told}") from error
+    if faults:
+        lines = "".join(json.dumps(f) + "\n" for f in faults)
+        (args.out / "unreadable.jsonl").write_text(lines)
+        print(f"{len(faults)} clips cannot be used; reasons in {args.out / 'unreadable.jsonl'}")
+    (args.out / "forged.json").write_text(json.dumps(_plain(_texts(args)), indent=1))
+    print(f"wrote {written.records} pairs to {args.out}")
+
+
+def _texts(args: Visual) -> dict:
+    return {k: str(v) for k, v in vars(args).items()}
+
+
+def _edited(args: Visual, faults: list[dict[str, str]]) -> Iterator[Record]:
+    found = list(sources.named(args.videos))
+    for name, path in tqdm(found, desc="forge visual", unit="clip"):
+        try:
+            data = path.read_bytes()
+            for i in range(args.edits):
+                record_id = f"footage/{name}-{i}"
+                yield visual.record(
+                    args.seed,
+                    record_id,
+                    data,
+                    split="train",
+                    licence=args.licence,
+                    max_pixels=args.max_pixels,
+                )
+        except (media.MediaError, ValueError, OSError) as error:
+            faults.append({"clip": str(path), "reason": str(error)})
+
+
+@dataclasses.dataclass(frozen=True)
 class Tokenizer:
     """Train a ChatML tokenizer on the texts of some shards, for a model trained from nothing."""
 
@@ -129,13 +192,13 @@ def tokenizer(args: Tokenizer) -> None:
     print(f"wrote a tokenizer of {chat.Chat(args.out).size} tokens to {args.out}")
 
 
-VERBS = {Procedural: procedural, Tokenizer: tokenizer}
+VERBS = {Procedural: procedural, Visual: footage, Tokenizer: tokenizer}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `jaxvid-forge`."""
     command = tyro.extras.subcommand_cli_from_dict(
-        {verb.__name__: kind for kind, verb in VERBS.items()},
+        {kind.__name__.lower(): kind for kind in VERBS},
         prog="jaxvid-forge",
         description=__doc__,
         args=sys.argv[1:] if argv is None else argv,

@@ -15,7 +15,7 @@ VERBS = {Local: local}
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `jaxvid-launch`."""
     command = tyro.extras.subcommand_cli_from_dict(
-        {verb.__name__: kind for kind, verb in VERBS.items()},
+        {kind.__name__.lower(): kind for kind in VERBS},
         prog="jaxvid-launch",
         description=__doc__,
         args=sys.argv[1:] if argv is None else argv,
