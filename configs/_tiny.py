@@ -17,10 +17,10 @@ def supervised(pairs: int, split: str = "train", shards: str = WORLD) -> pipelin
         split=split,
         tasks=("sft", "choice", "caption"),
         budget=layout.Budget(
-            rows=pairs + 2, tokens=352, scored=160, branches=12, frames=8, patches=36
+            rows=pairs + 2, tokens=384, scored=192, branches=12, frames=8, patches=36
         ),
         pairs=pairs,
-        questions=5,
+        questions=4,
         sampling=SAMPLING,
     )
 

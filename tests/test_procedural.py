@@ -71,8 +71,8 @@ def test_every_string_plays_every_part_equally_often(scenes):
         edited[scene.odd[0]] += 1
         offered.update(tell.options(scene))
     for outcome in EDITS:
-        assert abs(real[outcome] / offered[outcome] - 0.25) < 0.08, outcome
-        assert abs(edited[outcome] / offered[outcome] - 0.25) < 0.08, outcome
+        assert abs(real[outcome] / offered[outcome] - 0.25) < 0.1, outcome
+        assert abs(edited[outcome] / offered[outcome] - 0.25) < 0.1, outcome
 
 
 def test_nothing_unusual_is_offered_on_both_sides_and_true_of_real_ones_only(records):
@@ -89,9 +89,8 @@ def test_nothing_unusual_is_offered_on_both_sides_and_true_of_real_ones_only(rec
 
 
 def test_joint_position_of_the_answers_is_uniform(scenes):
-    joint = collections.Counter(
-        (tell.letter(s, s.ordinary[0]), tell.letter(s, s.odd[0])) for s in scenes
-    )
+    place = lambda s, outcome: tell.options(s).index(outcome)
+    joint = collections.Counter((place(s, s.ordinary[0]), place(s, s.odd[0])) for s in scenes)
     assert len(joint) == 12
     expected = len(scenes) / 12
     chi2 = sum((n - expected) ** 2 / expected for n in joint.values())
@@ -188,9 +187,9 @@ def test_every_outcome_is_visible_after_encoding_and_sampling(family):
             for o, f in rendered.items()
         }
         at = np.round(np.linspace(0, frames - 1, sampling.frames)).astype(int)
-        clean = lambda o: draw.frames(plan(scene, o, frames), Settings(grain=0.0))[at]
-        halve = lambda f: f.reshape(len(f), 48, 2, 48, 2, 3).mean(axis=(2, 4))
-        templates = {o: halve(clean(o).astype(float)) for o in rendered}
+        clean = {o: draw.frames(plan(scene, o, frames), Settings(grain=0.0))[at] for o in rendered}
+        halve = lambda f: f.astype(float).reshape(len(f), 48, 2, 48, 2, 3).mean(axis=(2, 4))
+        templates = {o: halve(f) for o, f in clean.items()}
         for shown in (scene.ordinary[0], scene.odd[0]):
             apart = {o: np.abs(seen[shown] - t).mean() for o, t in templates.items()}
             right += min(apart, key=apart.get) == shown
@@ -253,3 +252,45 @@ def test_base_mix_mislabels_its_stated_share():
 def test_bad_settings_say_the_remedy(setting, message):
     with pytest.raises(ValueError, match=message):
         Settings(**setting)
+
+
+def _seen(record, side):
+    return media.decode(record.media[side].data, media.Sampling()).frames.astype(np.float32)
+
+
+def test_nearest_training_clip_does_not_answer(records):
+    """By the frames before the event: a look-alike clip tells nothing of what happens next."""
+    kept = [r for r in records if r.meta["family"] != "reversal"]  # whose edit is the whole clip
+    looks = {(r.id, s): _seen(r, s)[:1].ravel() for r in kept for s in (0, 1)}
+    train, test = kept[40:], kept[:40]
+    known = [(looks[r.id, s], r.meta["outcomes"][s]) for r in train for s in (0, 1)]
+    right = []
+    for r in test:
+        for side in (0, 1):
+            order = np.argsort([np.abs(look - looks[r.id, side]).mean() for look, _ in known])
+            options = [r.meta["scene"]["ordinary"], r.meta["scene"]["odd"]]
+            offered = {o for pair in options for o in pair}
+            nearest = next((known[i][1] for i in order if known[i][1] in offered), None)
+            right.append(nearest == r.meta["outcomes"][side])
+    # Chance is 1/4; 80 answers have a standard error of 0.05.
+    assert np.mean(right) <= 0.25 + 3 * np.sqrt(0.25 * 0.75 / len(right))
+
+
+def test_one_frame_is_not_enough_for_motion():
+    """The oracle that always knows from the whole clip, given one frame at an unknown time."""
+    rng, right = np.random.default_rng(0), []
+    for family in ("gravity", "collision", "wall", "reversal", "cause"):
+        for i in range(12):
+            scene = sample(11, f"{family}/{i}", SETTINGS, family)
+            frames = round(scene.seconds * SETTINGS.fps)
+            shown = {
+                o: draw.frames(plan(scene, o, frames), Settings(grain=0.0)).astype(np.float32)
+                for o in tell.options(scene)
+            }
+            for truth in (scene.ordinary[0], scene.odd[0]):
+                frame = shown[truth][rng.integers(frames)]
+                apart = {o: np.abs(f - frame).mean(axis=(1, 2, 3)).min() for o, f in shown.items()}
+                least = min(apart.values())
+                tied = [o for o in apart if apart[o] <= least + 1e-6]
+                right.append((truth in tied) / len(tied))
+    assert np.mean(right) <= 0.85  # the whole clip gives it at least 0.95

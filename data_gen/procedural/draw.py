@@ -183,11 +183,11 @@ def frames(plan: Plan, settings: Settings) -> np.ndarray:
             _actor(out[f], actor, f)
         if scene.family == "wall":
             _barrier(out[f], scene.premise)
-    rng = generator(scene.seed, f"{scene.id}/pixels")
+    stream = lambda name: generator(scene.seed, f"{scene.id}/{name}")
     if scene.family == "picture" and plan.outcome.startswith(("things", "colours")):
-        _picture_effect(out, plan, rng)
+        _picture_effect(out, plan, stream("effect"))
     if settings.grain:
-        grain = rng.normal(0, settings.grain, out.shape[1:3]).astype(np.float32)
+        grain = stream("grain").normal(0, settings.grain, out.shape[1:3]).astype(np.float32)
         out = np.clip(out + grain[None, :, :, None], 0, 255).astype(np.uint8)
     return out
 

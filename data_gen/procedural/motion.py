@@ -118,13 +118,13 @@ def wall(plan: Plan, scene: Scene) -> None:
     reach = 0.4 - width - scene.subject.radius
     hit = reach / speed
     if plan.outcome == "it bounces back":
-        step = np.where(s < hit, speed * s, reach - speed * 0.8 * (s - hit))
+        step = np.where(s < hit, speed * s, np.maximum(reach - speed * 0.8 * (s - hit), 0.0))
     elif plan.outcome == "it stops in front":
         step = np.minimum(speed * s, reach)
     elif plan.outcome == "it stays hidden behind":
         step = np.minimum(speed * s, 0.4)
     else:  # comes out on the far side
-        step = speed * s
+        step = np.minimum(speed * s, 0.8)
     subject.x = subject.x + d * step
     if plan.outcome in ("it bounces back", "it stops in front"):
         plan.impacts.append((scene.start / 2 + hit, 0.8))
@@ -221,7 +221,7 @@ def picture(plan: Plan, scene: Scene) -> None:
     subject = plan.actor("subject", scene.subject, 0.5, 0.62)
     wave = np.mod(plan.u * 1.5 + scene.x, 1.0)
     subject.x = 0.5 + scene.direction * (1.2 * np.abs(wave - 0.5) - 0.3)
-    plan.start, plan.stop = 0.1 + scene.start, scene.effect_stop
+    plan.start, plan.stop = scene.start, scene.effect_stop
 
 
 FAMILY = {

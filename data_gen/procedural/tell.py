@@ -7,7 +7,7 @@ of another scene. Styles are therefore the same on both sides of every choice.
 import numpy as np
 
 from data_gen.procedural.motion import Plan
-from data_gen.procedural.outcomes import FAMILIES
+from data_gen.procedural.outcomes import EDITS, FAMILIES
 from data_gen.procedural.scene import Scene, generator
 
 COLUMNS, ROWS = ("left", "middle", "right"), ("top", "centre", "bottom")
@@ -38,6 +38,16 @@ def place_options(plan: Plan) -> tuple[str, ...]:
     others = [f"{r} {c}" for r in ROWS for c in COLUMNS if f"{r} {c}" != truth]
     listed = [truth, *rng.choice(others, 3, replace=False)]
     return tuple(str(listed[i]) for i in rng.permutation(4))
+
+
+def letter_practice(scene: Scene, side: int) -> tuple[str, str]:
+    """(prompt, reply): which letters stand before four outcomes of any family. Needs no seeing."""
+    rng = generator(scene.seed, f"{scene.id}/{side}/letters")
+    listed = tuple(str(o) for o in rng.choice(sorted(EDITS), 4, replace=False))
+    asked = [listed[i] for i in rng.permutation(4)]
+    prompt = choice_prompt("Read the options.", listed)
+    named = ", ".join(f"{o}: {LETTERS[listed.index(o)]}" for o in asked)
+    return f"{prompt}\nName the letters of: {', '.join(asked)}.", named
 
 
 def reasoned(thought: str, answer: str) -> str:
