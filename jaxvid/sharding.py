@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("replica", "fsdp", "tensor")
@@ -49,7 +49,7 @@ def spec(axes: tuple[str, ...], rules=RULES) -> P:
     return P(*(rules[a] for a in axes))
 
 
-def parameter_shardings(params: nnx.State, mesh: Mesh, rules=RULES) -> nnx.State:
+def parameter_shardings(params: nnx.State, mesh: Mesh | AbstractMesh, rules=RULES) -> nnx.State:
     """Shardings of an (abstract) parameter tree. Axes missing on the left are stacked layers.
 
     A dimension that does not divide over its mesh axis is replicated.

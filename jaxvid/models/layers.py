@@ -26,6 +26,26 @@ class Compute:
             raise ValueError(f"unroll={self.unroll} must be at least 1")
 
 
+@jax.custom_vjp
+def matmul(x: Float[Array, "R I"], w: Float[Array, "I O"]) -> Float[Array, "R O"]:
+    """x w in x's dtype. Its derivative is written out because the automatic one multiplies
+    transposed copies on CPU (1.7x the time of an MLP), and to have w's gradient in float32."""
+    return x @ w.astype(x.dtype)
+
+
+def _matmul_forward(x, w):
+    return matmul(x, w), (x, w)
+
+
+def _matmul_backward(kept, dy):
+    x, w = kept
+    dw = jnp.matmul(x.T, dy, preferred_element_type=w.dtype)
+    return dy @ w.T.astype(dy.dtype), dw
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
 class Linear(nnx.Module):
     """y = x w + b over the trailing `inputs` of x: w[inputs + outputs], b[outputs]."""
 
@@ -50,11 +70,12 @@ class Linear(nnx.Module):
             self.b = None
 
     def __call__(self, x: Array) -> Array:
-        y = jnp.tensordot(x, self.w[...].astype(x.dtype), axes=self.contracted)
-        if self.b is None:
-            return y
-        b = self.b[...].astype(x.dtype)
-        return y + b.reshape((1,) * (y.ndim - b.ndim) + b.shape)
+        w, n = self.w[...], self.contracted
+        rows, inputs, outputs = x.shape[: x.ndim - n], math.prod(w.shape[:n]), w.shape[n:]
+        y = matmul(x.reshape(-1, inputs), w.reshape(inputs, -1))
+        if self.b is not None:
+            y = y + self.b[...].astype(x.dtype).reshape(1, -1)
+        return y.reshape(*rows, *outputs)
 
 
 class RMSNorm(nnx.Module):

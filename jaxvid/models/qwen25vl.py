@@ -139,14 +139,14 @@ class Config:
             problems.append(f"model_type is {family!r}; only {FAMILY!r} is supported here")
         policy = top.pop("jaxvid", {})
         vision_cfg = _vision(top.pop("vision_config", {}), problems)
-        text = top.pop("text_config", {})
+        text = dict(top.pop("text_config", {}))
         tied = top.pop("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
         tokens = {}
-        for name in TOKEN_NAMES:
-            found = [d.pop(name) for d in (top, text) if d.get(name) is not None]
-            if found:
+        for name in TOKEN_NAMES:  # at the top, in the text section, or in both
+            found = [d.pop(name) for d in (top, text) if name in d]
+            if found := [token for token in found if token is not None]:
                 tokens[name] = found[0]
-        for name in IGNORED[""] + [n for n in TOKEN_NAMES if top.get(n, 0) is None]:
+        for name in IGNORED[""]:
             top.pop(name, None)
         text_cfg = _text({**top, **text}, problems)
         if problems:

@@ -1,0 +1,198 @@
+"""What a run is. A recipe in configs/ returns one of these; the parts own their own settings.
+
+Every field is a flag of the command line (`--optimizer.lr 1e-3`), by tyro. Paths that start with
+"@checkpoints/" name the folder of checkpoints shipped with the recipes.
+"""
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+import pathlib
+import typing
+from typing import Any, Literal
+
+from jax.sharding import Mesh
+
+from jaxvid import rewards
+from jaxvid.data import chat, media, pipeline
+from jaxvid.data.pipeline import Data
+from jaxvid.eval import run as evaluation
+from jaxvid.models import hf, qwen25vl
+from jaxvid.models.layers import Compute
+from jaxvid.objectives.advantages import DAPO, GRPO, DrGRPO, Duality
+from jaxvid.objectives.policy import Policy
+from jaxvid.objectives.preference import DPO
+from jaxvid.objectives.sft import SFT
+from jaxvid.rollout.sampler import Sampling
+from jaxvid.train import loop
+from jaxvid.train import policy as policy_loop
+from jaxvid.train.optimizers import Adafactor, AdamW, Muon
+
+SHIPPED = "@checkpoints/"
+
+Ask, Rollout = evaluation.Settings, policy_loop.Settings
+Replies = Sampling  # how a rollout draws; Data.sampling says which frames are seen
+Optimizer = AdamW | Muon | Adafactor
+Advantage = Duality | GRPO | DAPO | DrGRPO
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What all kinds of training share. Counts are updates; 0 means never."""
+
+    model: str  # folder: config.json, weights, tokenizer, chat template
+    init: bool = False  # fresh weights; the folder gives config and tokenizer alone
+    compute: Compute = Compute()
+    data: Data
+    validation: Data | None = None
+    ask: Ask | None = None  # also answer the validation's policy questions
+    optimizer: Optimizer = AdamW()
+    steps: int
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0  # 0: at the end alone
+    eval_batches: int = 0  # of the validation split; 0 = all of it
+    checkpoint_every: int = 100
+    keep: int = 2  # last checkpoints kept, beside the best
+    best: str = "eval_loss"  # the validation metric that names the best checkpoint
+    best_mode: Literal["min", "max"] = "min"
+    patience: int = 5  # steps in a row without a finite loss that stop the run
+    replica: int = 1  # the mesh; one of the three may be -1, which takes the devices left over
+    fsdp: int = -1
+    tensor: int = 1
+    export_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of WORKDIR/model
+
+    def loop_settings(self) -> loop.Settings:
+        """The part of this that the training loop reads."""
+        shared = {f.name for f in dataclasses.fields(loop.Settings)}
+        return loop.Settings(**{name: getattr(self, name) for name in shared})
+
+    def updates_per_step(self) -> int:
+        """Optimizer steps that one step of the loop makes."""
+        return 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTRun(Run):
+    """Supervised fine-tuning, or training from nothing."""
+
+    objective: SFT = SFT()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferenceRun(Run):
+    """Preferences against a frozen reference, scored in the same step."""
+
+    objective: DPO = DPO()
+    reference: str = ""  # model folder; "" is the model this run starts from
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyRun(Run):
+    """Reinforcement learning on pairs of a real and a counterfactual video."""
+
+    objective: Policy = Policy()
+    rollout: Rollout = Rollout()
+    reward: rewards.Answer = rewards.Answer()
+    advantages: Advantage = Duality()
+    reference: str = ""  # read where objective.kl_coef is above 0; "" is the start
+    ask: Ask | None = Ask()
+    best: str = "eval_both"
+    best_mode: Literal["min", "max"] = "max"
+
+    def updates_per_step(self) -> int:
+        return self.rollout.updates
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalRun:
+    """Greedy answers to every pair of a split."""
+
+    model: str
+    compute: Compute = Compute()
+    data: Data
+    ask: Ask = Ask()
+    seed: int = 0
+    replica: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+AnyRun = SFTRun | PreferenceRun | PolicyRun | EvalRun
+
+
+def load_model(run: AnyRun, mesh: Mesh) -> hf.Loaded:
+    """The model that a run starts from, computing as the run asks; fresh weights if it says so."""
+    cfg = dataclasses.replace(hf.read_config(run.model), **dataclasses.asdict(run.compute))
+    if isinstance(run, Run) and run.init:
+        return hf.initialise(cfg, run.seed, mesh=mesh)
+    return hf.load(run.model, mesh=mesh)._replace(cfg=cfg, graph=hf.abstract(cfg)[0])
+
+
+def make_builder(model: str | pathlib.Path, cfg: qwen25vl.Config, data: Data) -> pipeline.Builder:
+    """What makes the trees of a record for this model: its chat, geometry and positions."""
+    v = cfg.vision
+    vision = media.Vision(patch=v.patch, temporal=v.temporal, merge=v.merge, window=v.window)
+    positions = functools.partial(qwen25vl.positions, cfg=cfg)
+    return pipeline.Builder(chat.Chat(model), vision, positions, data)
+
+
+def resolve(value: Any) -> Any:
+    """The same run with every "@checkpoints/NAME" replaced by the folder's path."""
+    if isinstance(value, str) and value.startswith(SHIPPED):
+        folder = pathlib.Path(str(importlib.resources.files("configs") / "checkpoints"))
+        path = folder / value.removeprefix(SHIPPED)
+        if not path.exists():
+            there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+            raise FileNotFoundError(f"{value}: no {path}; shipped are {there or 'none'}")
+        return str(path)
+    if isinstance(value, tuple):
+        return tuple(resolve(v) for v in value)
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(value, **{k: resolve(v) for k, v in _fields(value).items()})
+    return value
+
+
+def plain(value: Any) -> Any:
+    """Plain JSON of a run; a dataclass says its class, so that an optimizer can be told."""
+    if dataclasses.is_dataclass(value):
+        return {"class": type(value).__name__} | {k: plain(v) for k, v in _fields(value).items()}
+    return [plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def differences(before: Any, after: Any, path: str = "") -> list[str]:
+    """`field: old -> new` for everything that differs between two saved runs."""
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        return [] if before == after else [f"{path}: {json.dumps(before)} -> {json.dumps(after)}"]
+    names = sorted(before.keys() | after.keys())
+    join = lambda name: f"{path}.{name}" if path else name
+    found = [differences(before.get(n), after.get(n), join(n)) for n in names]
+    return [line for lines in found for line in lines]
+
+
+def read(saved: dict[str, Any]) -> AnyRun:
+    """The run that `plain` wrote. ValueError names what this version does not know."""
+    return _read(saved, AnyRun, "")
+
+
+def _read(value: Any, kind: Any, path: str) -> Any:
+    options = [k for k in (typing.get_args(kind) or (kind,)) if dataclasses.is_dataclass(k)]
+    if not (isinstance(value, dict) and options):
+        return tuple(value) if isinstance(value, list) else value
+    value = dict(value)
+    name = value.pop("class", None)
+    found = [k for k in options if k.__name__ == name]
+    if not found:
+        raise ValueError(
+            f"the saved run's {path or 'class'} is a {name!r}, which this version does not know "
+            f"there; it knows {[k.__name__ for k in options]}"
+        )
+    hints = typing.get_type_hints(found[0])
+    if unknown := sorted(value.keys() - hints.keys()):
+        raise ValueError(f"the saved run's {path or 'top'} has unknown settings {unknown}")
+    return found[0](**{k: _read(v, hints[k], f"{path}.{k}".strip(".")) for k, v in value.items()})
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}

@@ -1,0 +1,81 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard and the progress bar's postfix.
+
+One line of JSON per logged step: {"step": 20, "loss": ..., "grad_norm": ..., ...}. A number that is
+not finite is null there (JSON has no nan) and left out of TensorBoard.
+"""
+
+import json
+import math
+import pathlib
+
+import jax
+import tensorboardX
+from jaxtyping import Array, Float
+
+
+class Window:
+    """Means of every metric over the steps since the last line; skipped steps count apart."""
+
+    # A non-finite step changed nothing: its loss would hide the mean of the others.
+    COUNTERS = ("skipped", "skipped_total")
+
+    def __init__(self):
+        self.values: dict[str, list[float]] = {}
+
+    def add(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.values.setdefault(name, []).append(value)
+
+    def take(self) -> dict[str, float]:
+        """The means, and an empty window. Counters give their last value."""
+        means = {name: self._mean(name, seen) for name, seen in self.values.items()}
+        self.values = {}
+        return means
+
+    def _mean(self, name: str, seen: list[float]) -> float:
+        if name in self.COUNTERS:
+            return seen[-1]
+        finite = [x for x in seen if math.isfinite(x)]
+        return sum(finite) / len(finite) if finite else math.nan
+
+
+class Writer:
+    """Appends to `folder`. A run resumed at `start` first drops what was logged after it."""
+
+    def __init__(self, folder: pathlib.Path, start: int = 0):
+        self.folder, self.board = folder, None
+        if jax.process_index():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        lines = read(folder) if self.path.exists() else []
+        kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= start]
+        self.path.write_text("".join(kept))
+        self.board = tensorboardX.SummaryWriter(
+            str(folder / "tensorboard"), purge_step=start + 1 if start else None
+        )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        if self.board is None:
+            return
+        finite = {name: x for name, x in values.items() if math.isfinite(x)}
+        line = {"step": step} | {name: finite.get(name) for name in values}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in finite.items():
+            self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+
+
+def read(folder: pathlib.Path) -> list[dict[str, float | None]]:
+    """The lines of a run's metrics.jsonl. A last line cut off by a kill is left out."""
+    text = (folder / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.split("\n")[:-1] if line]
+
+
+def to_host(values: dict[str, Float[Array, ""] | float]) -> dict[str, float]:
+    """Python floats; waits for the device."""
+    return {name: float(x) for name, x in jax.device_get(values).items()}
