@@ -4,7 +4,7 @@ grpo   groups normalised alone, symmetric clip, mean over sequences, no filter
 dapo   clip-higher, token mean over the batch, pairs without signal drawn again
 dna    dapo, and both sides of a pair scaled to equal signal (arXiv 2512.24271)
 
-Run:     jaxvid ablate configs/ablation_dna.py --model runs/sft/model --workdir runs/ablation --seeds 5
+Run:     jaxvid ablate configs/ablation_dna.py --workdir runs/ablation --seeds 5
 Test:    jaxvid ablate configs/ablation_dna.py:runlocal --workdir /tmp/ablation --seeds 2
 Expect:  not measured yet
 """

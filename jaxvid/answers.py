@@ -102,8 +102,7 @@ def choice(text: str, options: int, *, tagged: bool = False) -> str | None:
 def words(text: str, *, tagged: bool = False) -> str | None:
     """The one stated answer as plain words: lower case, single spaces, no closing full stop."""
     found = {" ".join(b.casefold().split()).rstrip(".!") for b in stated(text, tagged=tagged)}
-    found.discard("")
-    return found.pop() if len(found) == 1 else None
+    return (found.pop() or None) if len(found) == 1 else None
 
 
 def read(text: str, options: int, *, tagged: bool = False) -> str | None:
@@ -116,8 +115,8 @@ def is_right(text: str, answer: str, options: int, *, tagged: bool = False) -> b
 
     Raises ValueError if `answer` itself is not usable.
     """
-    wanted = answer if options and answer in tuple(letters(options)) else words(answer)
-    if options and wanted != answer or wanted is None:
+    wanted = answer if options else words(answer)
+    if wanted is None or (options and answer not in tuple(letters(options))):
         kind = f"one of the letters {letters(options)}" if options else "a short text"
         raise ValueError(f"the answer {answer!r} of a question with {options} options; want {kind}")
     return read(text, options, tagged=tagged) == wanted

@@ -107,12 +107,13 @@ class PolicyRun(Run):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalRun:
-    """Greedy answers to every pair of a split."""
+    """Greedy answers to every pair of a split; `controls` takes the place of `ask.control`."""
 
     model: str
     compute: Compute = Compute()
     data: Data
     ask: Ask = Ask()
+    controls: tuple[Literal["none", "blank", "shuffled"], ...] = ("none",)  # asked one by one
     seed: int = 0
     replica: int = 1
     fsdp: int = -1

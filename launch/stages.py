@@ -117,31 +117,15 @@ def _training(args: "Local", name: str, start: str) -> Stage:
 
 def _evaluation(args: "Local", name: str, model: str) -> Stage:
     out = args.workdir / name / "eval"
-    commands = [
-        [
-            "jaxvid.main",
-            "eval",
-            "tiny_eval:runlocal" if args.fast else "tiny_eval",
-            "--workdir",
-            str(out / control),
-            "--model",
-            model,
-            "--ask.control",
-            control,
-            "--data.shards",
-            str(args.workdir / "shards"),
-            "--data.cache",
-            str(args.workdir / "frames"),
-        ]
-        for control in CONTROLS
+    command = [
+        *("jaxvid.main", "eval", "tiny_eval:runlocal" if args.fast else "tiny_eval"),
+        *("--workdir", str(out), "--model", model, "--controls", *CONTROLS),
+        *("--data.shards", str(args.workdir / "shards")),
+        *("--data.cache", str(args.workdir / "frames")),
     ]
-    return Stage(
-        f"{name}: evaluation",
-        "held-out pairs, with blank and shuffled frames",
-        commands,
-        out / CONTROLS[-1] / "results.json",
-        lambda: _accuracy(out),
-    )
+    what = "held-out pairs, with blank and shuffled frames"
+    done = out / CONTROLS[-1] / "results.json"
+    return Stage(f"{name}: evaluation", what, [command], done, lambda: _accuracy(out))
 
 
 def _counts(folder: pathlib.Path) -> str:

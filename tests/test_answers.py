@@ -213,3 +213,4 @@ def test_words():
     assert answers.words("<answer>The Red  ball.</answer>") == "the red ball"
     assert answers.words("the red\nball") == "the red ball"
     assert answers.words("") is None and answers.words("...") is None
+    assert answers.words("<answer>a ball</answer><answer></answer>") is None

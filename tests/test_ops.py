@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from jaxvid.ops import attention as attention_module
+from jaxvid.ops._choice import choose
 from jaxvid.ops.attention import attention, attention_ref, decode_attention
 from jaxvid.ops.duality import duality, duality_ref
 from jaxvid.ops.logprob import logprob, logprob_ref
@@ -36,6 +39,20 @@ def value_and_gradient(f, weight):
 
 def close(a, b, atol):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=1e-4), a, b)
+
+
+def test_none_is_the_kernel_where_one_tpu_holds_the_arrays(monkeypatch):
+    assert choose(None) == "xla" and choose("pallas") == "pallas"
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert choose(None) == "xla"  # eight devices: the compiler cannot split a kernel
+    mesh, seen = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,)), []
+    inside = jax.shard_map(
+        lambda x: seen.append(choose(None)) or x, mesh=mesh, in_specs=P("x"), out_specs=P("x")
+    )
+    jax.eval_shape(inside, jnp.zeros(8))
+    assert seen == ["pallas"]
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert choose(None) == "pallas" and choose(None, fits=False) == "xla"
 
 
 # --- attention ---

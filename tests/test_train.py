@@ -14,7 +14,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxvid import config, main, sharding
+from jaxvid import config, main, runs, sharding
 from jaxvid.data import layout, media
 from jaxvid.models import decoder, hf, qwen25vl, vision
 from jaxvid.objectives.preference import DPO
@@ -533,10 +533,10 @@ def recipe(tmp_path):
 
 def test_overrides_are_typed(recipe):
     flags = ["--optimizer.lr", "0.5", "--data.shards", "c", "--optimizer.schedule", "linear"]
-    run = main.load_config(recipe, flags)
+    run = runs.load_config(recipe, flags)
     assert run.optimizer == optimizers.Muon(lr=0.5, schedule="linear")
     assert run.data.shards == ("c",) and run.steps == 9
-    assert main.load_config(recipe + ":runlocal", []).steps == 2
+    assert runs.load_config(recipe + ":runlocal", []).steps == 2
     assert run.loop_settings().steps == 9
 
 
@@ -582,7 +582,7 @@ def test_env_and_report(straight, capsys):
 
 
 def test_saved_run_reads_back(recipe):
-    run = main.load_config(recipe, ["--optimizer.warmup", "3"])
+    run = runs.load_config(recipe, ["--optimizer.warmup", "3"])
     text = json.dumps(config.plain(run))
     assert config.read(json.loads(text)) == run
     other = json.loads(json.dumps(config.plain(dataclasses.replace(run, steps=7))))

@@ -135,7 +135,6 @@ class Policy:
             "clip_ratio/region_mean": _mean(low | high, counted),
             "sampling/sampling_logp_difference/mean": _mean(gap, counted),
             "sampling/sampling_logp_difference/max": (gap.max(), jnp.ones(())),
-            "num_tokens": (counted.astype(jnp.float32).sum(), jnp.ones(())),
         }
         if self.dual_clip is not None:
             metrics["clip_ratio/dual_mean"] = _mean((ratio > self.dual_clip) & (adv < 0), counted)

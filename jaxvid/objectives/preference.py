@@ -116,7 +116,6 @@ class DPO:
             "logps/chosen": mean(mate(logp)),
             "logps/rejected": mean(logp),
             "entropy": mean(scores.entropy, jnp.where(scored > 0, 1.0, 0.0)),
-            "num_tokens": (jnp.where(slot > 0, 1.0, 0.0).sum(), jnp.ones(())),
         }
         for i, name in enumerate(AXES, 1):
             of = jnp.where(branches.axis == i, real, 0.0)

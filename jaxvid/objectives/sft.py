@@ -40,6 +40,5 @@ class SFT:
         metrics = {
             "nll": (loss.sum(), tokens),
             "entropy": (jnp.where(counted > 0, scores.entropy, 0.0).sum(), tokens),
-            "num_tokens": (tokens, jnp.ones(())),
         }
         return Loss(numerator, denominator, metrics)

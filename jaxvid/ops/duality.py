@@ -73,14 +73,14 @@ def duality_ref(
     return _unpack(_compute(first(rewards), first(valid), normalise, std, eps, lonely, scope))
 
 
-# called from the host with as many pairs as survived a filter: one program for each count, not twenty
-_xla = jax.jit(duality_ref, static_argnums=(2, 3, 4, 5, 6))
-
-
 def _unpack(sides_first):
     advantage, signal, alpha = (jnp.swapaxes(x, 0, 1) for x in sides_first)
     signal, alpha = signal[..., 0], alpha[..., 0]
     return Advantages(advantage, signal, alpha, signal == 0)
+
+
+# called from the host, with as many pairs as survived a filter: one program a count, not twenty
+_xla = jax.jit(duality_ref, static_argnums=(2, 3, 4, 5, 6))
 
 
 def _kernel(rewards_ref, valid_ref, advantage_ref, signal_ref, alpha_ref, *, settings):

@@ -1,0 +1,218 @@
+"""A recipe, run: the one place where the parts of training and evaluation are put together."""
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import importlib.util
+import itertools
+import json
+import pathlib
+import pkgutil
+from types import ModuleType
+from typing import Any
+
+import jax
+import optax
+import tyro
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxvid import config, sharding
+from jaxvid.config import AnyRun, EvalRun, Run
+from jaxvid.data import pipeline
+from jaxvid.eval import run as evaluation
+from jaxvid.models import hf
+from jaxvid.train import loop, policy, state, step
+
+
+def load_config(name: str, overrides: list[str], prog: str = "jaxvid train") -> AnyRun:
+    """The run a recipe gives, with typed overrides (`--optimizer.lr 1e-3`) and paths resolved.
+
+    `name` is a path to a Python file or a module of the `configs` package. `:runlocal` after it
+    asks for the small variant; in a recipe with ARMS, `:ARM` for one of them. A wrong flag ends
+    the program with the nearest ones named.
+    """
+    path, *variants = name.split(":")
+    module = recipe(path)
+    arms = [v for v in variants if v in arms_of(module)]
+    unknown = [v for v in variants if v != "runlocal" and v not in arms]
+    if unknown or len(arms) > 1:
+        raise ValueError(
+            f"config {name!r}: variants are `:runlocal` and at most one of the recipe's arms "
+            f"({', '.join(arms_of(module)) or 'it has none'}), not {variants}"
+        )
+    given = {"arm": arms[0]} if arms else {}
+    run = module.get_config(runlocal="runlocal" in variants, **given)
+    if not isinstance(run, AnyRun):
+        raise ValueError(
+            f"get_config() of {path} returned a {type(run).__name__}; it must return one of "
+            f"{[k.__name__ for k in AnyRun.__args__]} from jaxvid.config"
+        )
+    # Of a union (an optimizer) the flags are those of the class that the recipe chose.
+    kind = tyro.conf.AvoidSubcommands[type(run)]
+    return config.resolve(tyro.cli(kind, default=run, args=overrides, prog=f"{prog} {name}"))
+
+
+def arms_of(module: ModuleType) -> tuple[str, ...]:
+    """The arms of a recipe that compares some; none in others."""
+    return vars(module).get("ARMS", ())
+
+
+def recipe(path: str) -> ModuleType:
+    """The module of a recipe, from a file or from the installed recipes."""
+    file = pathlib.Path(path)
+    if file.suffix == ".py":
+        if not file.is_file():
+            raise FileNotFoundError(f"no config file {file}")
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        folder = importlib.import_module("configs").__path__
+        shipped = [m.name for m in pkgutil.iter_modules(folder)]
+        if path not in shipped:
+            near = difflib.get_close_matches(path, shipped, 1)
+            raise ValueError(
+                f"no recipe {path!r}; {f'perhaps {near[0]!r}, ' if near else ''}the shipped ones "
+                f"are {shipped}. Give one of those or the path of a .py file."
+            )
+        module = importlib.import_module(f"configs.{path}")
+    if "get_config" not in vars(module):
+        raise ValueError(f"{path} has no get_config(runlocal=False); a recipe needs one")
+    return module
+
+
+# A training run -----------------------------------------------------------------------------------
+
+
+def train(run: Run, workdir: pathlib.Path) -> loop.Result:
+    """Run a recipe to its end, from its last checkpoint if there is one.
+
+    Writes config.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, model/.
+    """
+    mesh = sharding.make_mesh(run.replica, run.fsdp, run.tensor)
+    sharding.row_sharding(mesh, run.data.budget.rows)  # says at once if the rows do not divide
+    saved = _save_config(run, workdir)
+    with jax.set_mesh(mesh):
+        loaded = config.load_model(run, mesh)
+        steps = run.steps * run.updates_per_step()
+        tx = run.optimizer.build(steps, loaded.params)
+        update, stream, prepare = _update(run, loaded, tx, mesh)
+        result = loop.train(
+            state.create(loaded.params, tx, mesh),
+            update,
+            stream,
+            run.loop_settings(),
+            workdir,
+            rate=run.optimizer.rate(steps),
+            evaluate=_evaluation(run, loaded, mesh, prepare),
+            config=saved,
+            describe=functools.partial(_record_ids, run),
+        )
+        if not result.interrupted:
+            write_model(run, loaded.cfg, result.state.params, workdir / "model")
+    return result
+
+
+def _update(run: Run, loaded: hf.Loaded, tx: optax.GradientTransformation, mesh: Mesh):
+    """The update of a kind of run, the stream it reads, and what validation does to a batch."""
+    builder = config.make_builder(run.model, loaded.cfg, run.data)
+    share = {"process": jax.process_index(), "processes": jax.process_count()}
+    if isinstance(run, config.PolicyRun):
+        temperature = run.rollout.sampling.temperature
+        prompts = iter(pipeline.prompts(run.data, builder, run.seed, **share))
+        parts = policy.Parts(
+            settings=run.rollout,
+            graph=loaded.graph,
+            chat=builder.chat,
+            stream=policy.Questions(prompts, run.data.pairs),
+            train_step=step.make_step(loaded.graph, run.objective, tx, temperature=temperature),
+            score=step.make_score(loaded.graph, temperature=temperature),
+            reward=run.reward,
+            advantages=run.advantages,
+            budget=run.data.budget,
+            mesh=mesh,
+            reference=_reference(run, loaded, mesh) if run.objective.kl_coef else None,
+        )
+        return policy.make_update(parts, run.seed), parts.stream, lambda batch: batch
+    batches = iter(pipeline.batches(run.data, builder, run.seed, **share))
+    train_step = step.make_step(loaded.graph, run.objective, tx)
+    if isinstance(run, config.PreferenceRun):
+        score, reference = step.make_score(loaded.graph), _reference(run, loaded, mesh)
+        prepare = lambda batch: batch._replace(ref=score(reference, batch).logp)
+        return loop.preference(train_step, score, reference, mesh), batches, prepare
+    return loop.supervised(train_step, mesh), batches, lambda batch: batch
+
+
+def _reference(run: Run, loaded: hf.Loaded, mesh: Mesh) -> nnx.State:
+    return hf.load(run.reference, mesh=mesh).params if run.reference else loop.frozen(loaded.params)
+
+
+def _evaluation(run: Run, loaded: hf.Loaded, mesh: Mesh, prepare) -> loop.Evaluate | None:
+    """Validation: the objective's own loss, and answers to the policy questions if asked for."""
+    if run.validation is None:
+        if run.eval_every or run.ask:
+            raise ValueError("eval_every or ask is set but there is no validation data; set both")
+        return None
+    builder = config.make_builder(run.model, loaded.cfg, run.validation)
+    parts = []
+    if not isinstance(run, config.PolicyRun) and set(run.validation.tasks) != {"policy"}:
+        share = {"process": jax.process_index(), "processes": jax.process_count()}
+        data = pipeline.batches(run.validation, builder, run.seed, epochs=1, **share)
+        some = lambda: itertools.islice(iter(data), run.eval_batches or None)
+        loss = step.make_eval(loaded.graph, run.objective)
+        parts.append(loop.validation(loss, some, mesh, prepare=prepare))
+    if run.ask is not None:
+
+        def asked(state):
+            model = nnx.merge(loaded.graph, state.params)
+            return evaluation.scores(evaluation.evaluate(model, builder, run.ask, mesh=mesh))
+
+        parts.append(asked)
+    return lambda state: {k: v for part in parts for k, v in part(state).items()}
+
+
+def _record_ids(run: Run, n: int, item: Any) -> list[str]:
+    """The ids of the records in update n."""
+    if isinstance(run, config.PolicyRun):
+        return sorted({question.record.id for question in item})
+    share = {"process": jax.process_index(), "processes": jax.process_count()}
+    return sorted(pipeline.update_ids(run.data, run.seed, n - 1, **share))
+
+
+def _save_config(run: AnyRun, workdir: pathlib.Path) -> dict[str, Any]:
+    """Write config.json; on a folder of an earlier run, say what has changed since."""
+    saved, path = config.plain(run), workdir / "config.json"
+    if path.is_file():
+        changed = config.differences(json.loads(path.read_text()), json.loads(json.dumps(saved)))
+        for line in changed:
+            print(f"changed since the run began: {line}")
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(saved, indent=1) + "\n")
+    return saved
+
+
+def write_model(run: Run, cfg: Any, params: nnx.State, out: pathlib.Path) -> None:
+    """The model folder; sampling.json in it says which frames the model was trained to see."""
+    hf.save(out, cfg, params, like=run.model, dtype=run.export_dtype)
+    if jax.process_index() == 0:
+        text = json.dumps(dataclasses.asdict(run.data.sampling), indent=1)
+        (out / "sampling.json").write_text(text + "\n")
+        print(f"wrote {out}")
+
+
+def evaluate(run: EvalRun, workdir: pathlib.Path) -> dict[str, evaluation.Results]:
+    """Answer every pair under each control; WORKDIR/<control> gets replies and results."""
+    mesh = sharding.make_mesh(run.replica, run.fsdp, run.tensor)
+    saved, found = _save_config(run, workdir), {}
+    with jax.set_mesh(mesh):
+        loaded = config.load_model(run, mesh)
+        builder = config.make_builder(run.model, loaded.cfg, run.data)
+        model = nnx.merge(loaded.graph, loaded.params)
+        for control in run.controls:
+            ask, out = dataclasses.replace(run.ask, control=control), workdir / control
+            found[control] = evaluation.evaluate(
+                model, builder, ask, out=out, about=saved, mesh=mesh
+            )
+    return found
