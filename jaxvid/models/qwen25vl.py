@@ -47,7 +47,6 @@ TEXT_NAMES = {
     "kv_heads": "num_key_value_heads",
     "vocab": "vocab_size",
     "norm_eps": "rms_norm_eps",
-    "max_positions": "max_position_embeddings",
 }
 VISION_NAMES = {
     "layers": "depth",
@@ -155,33 +154,54 @@ class Config:
 
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` that transformers reads."""
-        text = {hf: getattr(self.text, ours) for ours, hf in TEXT_NAMES.items()}
-        rope = {"rope_type": "default", "rope_theta": self.text.rope_theta}
-        rope["mrope_section"] = list(self.text.rope_sections)
-        text |= {"model_type": "qwen2_5_vl_text", "hidden_act": "silu", "rope_parameters": rope}
-        text |= {"bos_token_id": self.bos_token_id, "eos_token_id": self.eos_token_id}
-        text |= {"pad_token_id": self.pad_token_id, "tie_word_embeddings": self.tied}
-        tower = {hf: getattr(self.vision, ours) for ours, hf in VISION_NAMES.items()}
-        tower |= {"model_type": "qwen2_5_vl_vision", "hidden_act": "silu"}
-        tower |= {"in_channels": self.vision.channels, "in_chans": self.vision.channels}
-        tower["fullatt_block_indexes"] = list(self.vision.full)
-        tower["rope_parameters"] = {"rope_type": "axial", "rope_theta": self.vision.rope_theta}
-        return {
+        text, tower = self.text, self.vision
+        tokens = {
+            "image_token_id": self.image_token_id,
+            "video_token_id": self.video_token_id,
+            "vision_start_token_id": self.vision_start_token_id,
+            "vision_end_token_id": self.vision_end_token_id,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+            "pad_token_id": self.pad_token_id,
+        }
+        text_config = {hf: getattr(text, ours) for ours, hf in TEXT_NAMES.items()} | {
+            "model_type": "qwen2_5_vl_text",
+            "hidden_act": "silu",
+            "max_position_embeddings": text.max_positions,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": text.rope_theta,
+                "mrope_section": list(text.rope_sections),
+            },
+            "tie_word_embeddings": self.tied,
+        }
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            text_config[name] = tokens[name]  # transformers looks for them in the text section
+        vision_config = {hf: getattr(tower, ours) for ours, hf in VISION_NAMES.items()} | {
+            "model_type": "qwen2_5_vl_vision",
+            "hidden_act": "silu",
+            "in_channels": tower.channels,
+            "fullatt_block_indexes": list(tower.full),
+            "rope_parameters": {"rope_type": "axial", "rope_theta": tower.rope_theta},
+        }
+        policy = {
+            "text_after_video": self.text_after_video,
+            "fractional_seconds": self.fractional_seconds,
+        }
+        return tokens | {
             "architectures": ["Qwen2_5_VLForConditionalGeneration"],
             "model_type": FAMILY,
-            "text_config": text,
-            "vision_config": tower,
+            "text_config": text_config,
+            "vision_config": vision_config,
             "tie_word_embeddings": self.tied,
-            "jaxvid": {
-                "text_after_video": self.text_after_video,
-                "fractional_seconds": self.fractional_seconds,
-            },
-        } | {name: getattr(self, name) for name in TOKEN_NAMES}
+            "jaxvid": policy,
+        }
 
 
 def _text(section, problems):
     read = Reader(section, "", problems)
     found = {ours: read.take(hf) for ours, hf in TEXT_NAMES.items()}
+    found["max_positions"] = read.take("max_position_embeddings")
     rope = dict(read.take("rope_parameters", None) or read.take("rope_scaling", None) or {})
     read.take("rope_scaling", None)
     found["rope_theta"] = float(rope.pop("rope_theta", read.take("rope_theta", 1e6)))
