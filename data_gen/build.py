@@ -2,6 +2,7 @@
 
     jaxvid-forge procedural --out DIR [--train 3000 --validation 100 --test 300 --seed 0]
     jaxvid-forge visual --videos DIR --out DIR [--edits 4]
+    jaxvid-forge practice --out DIR [--train 4000]
     jaxvid-forge tokenizer --shards DIR --out MODEL_DIR [--vocab 512]
 
 Every record is a function of seed, split and index, so workers may render in any order and an
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 import tyro
 from tqdm import tqdm
 
-from data_gen import sources, visual
+from data_gen import practice, sources, visual
 from data_gen.procedural.make import CHUNK, Mix, chunk
 from data_gen.procedural.scene import Settings
 from jaxvid.data import chat, media, shards
@@ -171,6 +172,22 @@ def _edited(args: Visual, faults: list[dict[str, str]]) -> Iterator[Record]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Practice:
+    """Reading practice without clips, for a base model trained from nothing."""
+
+    out: pathlib.Path
+    train: int = 4000  # records
+    seed: int = 0
+
+
+def reading(args: Practice) -> None:
+    written = shards.write(
+        args.out, practice.records(args.seed, "train", args.train), split="train", replace=True
+    )
+    print(f"wrote {written.records} records to {args.out}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Tokenizer:
     """Train a ChatML tokenizer on the texts of some shards, for a model trained from nothing."""
 
@@ -192,7 +209,7 @@ def tokenizer(args: Tokenizer) -> None:
     print(f"wrote a tokenizer of {chat.Chat(args.out).size} tokens to {args.out}")
 
 
-VERBS = {Procedural: procedural, Visual: footage, Tokenizer: tokenizer}
+VERBS = {Procedural: procedural, Visual: footage, Practice: reading, Tokenizer: tokenizer}
 
 
 def main(argv: list[str] | None = None) -> None:
