@@ -14,7 +14,7 @@ from jaxvid.train.optimizers import Muon
 
 
 def get_config(runlocal: bool = False) -> SFTRun:
-    clips, steps = (4, 2) if runlocal else (32, 360)
+    clips, steps = (4, 2) if runlocal else (32, 300)
     data = _tiny.supervised(clips // 2, shards="runs/base/shards")  # one clip a record, not two
     return SFTRun(
         model="runs/base/read/model",

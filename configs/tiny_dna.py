@@ -11,6 +11,7 @@ Expect:  not measured yet
 
 from configs import _tiny
 from jaxvid.config import PolicyRun
+from jaxvid.eval.run import Settings
 from jaxvid.models.layers import Compute
 from jaxvid.objectives.advantages import Duality
 from jaxvid.objectives.policy import Policy
@@ -20,17 +21,18 @@ from jaxvid.train.optimizers import AdamW
 
 
 def get_config(runlocal: bool = False) -> PolicyRun:
-    pairs, steps = (2, 2) if runlocal else (8, 80)
+    pairs, steps = (2, 2) if runlocal else (8, 50)
     return PolicyRun(
         model=_tiny.BASE if runlocal else "runs/sft/model",
         compute=Compute(remat=False, unroll=4),
         data=_tiny.questions(pairs),
         validation=_tiny.questions(pairs, "validation"),
+        ask=Settings(max_tokens=24, rows=100),
         objective=Policy(clip_low=0.2, clip_high=0.28, dual_clip=3.0, aggregation="batch_token"),
         advantages=Duality(),
         rollout=policy.Settings(group=8, sampling=Sampling(max_tokens=24), max_refills=2),
-        optimizer=AdamW(lr=2e-4, warmup=0 if runlocal else 5, schedule="constant"),
+        optimizer=AdamW(lr=3e-4, warmup=0 if runlocal else 3, schedule="constant"),
         steps=steps,
-        eval_every=40,
-        checkpoint_every=40,
+        eval_every=25,
+        checkpoint_every=25,
     )

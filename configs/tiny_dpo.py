@@ -16,7 +16,7 @@ from jaxvid.train.optimizers import AdamW
 
 
 def get_config(runlocal: bool = False) -> PreferenceRun:
-    pairs, steps = (2, 2) if runlocal else (16, 60)
+    pairs, steps = (2, 2) if runlocal else (16, 40)
     return PreferenceRun(
         model=_tiny.BASE if runlocal else "runs/sft/model",
         compute=Compute(remat=False, unroll=4),
@@ -25,6 +25,6 @@ def get_config(runlocal: bool = False) -> PreferenceRun:
         objective=DPO(beta=0.1, axis_weights=(1.0, 1.0, 1.0)),
         optimizer=AdamW(lr=1e-4, warmup=0 if runlocal else 5, final=0.1),
         steps=steps,
-        eval_every=30,
-        checkpoint_every=30,
+        eval_every=20,
+        checkpoint_every=20,
     )
