@@ -174,7 +174,6 @@ def collect(
     questions: list[Prompts],
     key: Key[Array, ""],
     parts: Parts,
-    settings: Settings,
 ) -> tuple[Replies, Replies]:
     """(all replies sampled, those of the pairs kept): at most as many pairs as `questions`.
 
@@ -198,7 +197,6 @@ def sample(
     questions: list[Prompts],
     key: Key[Array, ""],
     parts: Parts,
-    settings: Settings,
 ) -> Replies:
     """Draw and pay the replies to both videos of each question."""
     settings = parts.settings
