@@ -2,7 +2,7 @@
 
 Run:     jaxvid train configs/tiny_base.py --workdir runs/base/train
 Test:    jaxvid train configs/tiny_base.py:runlocal --workdir /tmp/base
-Expect:  not measured yet
+Expect:  loss 0.083 at step 300 (14 min on 2 cores, shared with other work)
 """
 
 import dataclasses

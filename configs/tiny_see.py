@@ -12,7 +12,7 @@ ordinary had happened: the language prior. Data and the untrained model are made
 Run:     jaxvid train configs/tiny_see.py --workdir runs/base/see
          jaxvid export runs/base/see runs/base/seen --which 300
 Test:    jaxvid train configs/tiny_see.py:runlocal --workdir /tmp/see
-Expect:  loss 0.15 at step 300 (14 min on 2 cores). The thoughts are right then, the letters are
+Expect:  loss 0.14 at step 300 (14 min on 2 cores). The thoughts are right then, the letters are
          not: finding an option's letter in the prompt is what configs/tiny_read.py is for.
 """
 

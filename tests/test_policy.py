@@ -153,7 +153,7 @@ class Run:
         self.folder, self.builder = folder, pairs.builder(folder, "train")
         self.mesh, self.cfg = one_device(), pairs.config(folder)
         loaded = hf.initialise(self.cfg, 0)
-        self.graph = loaded.graph
+        self.graph, self.start = loaded.graph, loaded.params
         self.optimizer = AdamW(lr=2e-2, schedule="constant", weight_decay=0.0)
         self.tx = self.optimizer.build(100, loaded.params)
         self.train_step = step.make_step(self.graph, Policy(kl_coef=1e-3), self.tx)
@@ -173,13 +173,13 @@ class Run:
             Duality(),
             self.builder.data.budget,
             self.mesh,
-            hf.initialise(self.cfg, 0).params,
+            self.start,
         )
 
     def train(self, workdir, steps, **settings):
         parts = self.parts(**settings)
         with jax.set_mesh(self.mesh):
-            start = state.create(hf.initialise(self.cfg, 0).params, self.tx, self.mesh)
+            start = state.create(loop.frozen(self.start), self.tx, self.mesh)
             return loop.train(
                 start,
                 policy.make_update(parts, 0),
@@ -225,7 +225,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(run, tmp_path):
 def test_nothing_to_learn_from_changes_nothing(run):
     """Every reply right: all pairs are filtered out, refills are tried, the state stays."""
     parts = run.parts()._replace(reward=lambda example, text: rewards.Reward(1.0, 0.0, 1.0))
-    before = state.create(hf.initialise(run.cfg, 0).params, run.tx)
+    before = state.create(loop.frozen(run.start), run.tx)
     with jax.set_mesh(run.mesh):
         after, m = policy.make_update(parts, 0)(before, next(parts.stream))
     assert after is before
@@ -237,7 +237,7 @@ def test_replies_are_the_records_own(run):
     """The same questions in another order draw the same replies; another step draws others."""
     parts = run.parts()
     questions = list(itertools.islice(pipeline.questions(run.builder.data, run.builder), 3))
-    net = nnx.merge(run.graph, hf.initialise(run.cfg, 0).params)
+    net = nnx.merge(run.graph, run.start)
     with jax.set_mesh(run.mesh):
         a = policy.sample(net, questions, jax.random.key(0), parts)
         b = policy.sample(net, questions[::-1], jax.random.key(0), parts)

@@ -7,6 +7,7 @@ spellings of tensor names are read (the hub's and transformers' own); the hub's 
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -122,12 +123,17 @@ def abstract(cfg: qwen25vl.Config) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: qwen25vl.Qwen25VL(cfg, rngs=nnx.Rngs(0))))
 
 
+@functools.lru_cache
+def _initialiser(cfg: qwen25vl.Config, mesh: Mesh | None):
+    """One compiled program per config and mesh, whatever the seed."""
+    out = None if mesh is None else sharding.parameter_shardings(abstract(cfg)[1], mesh)
+    build = lambda key: nnx.split(qwen25vl.Qwen25VL(cfg, rngs=nnx.Rngs(key)))[1]
+    return jax.jit(build, out_shardings=out)
+
+
 def initialise(cfg: qwen25vl.Config, seed: int, *, mesh: Mesh | None = None) -> Loaded:
     """Fresh weights; on a mesh, each device makes only its own part."""
-    graph, shapes = abstract(cfg)
-    build = lambda: nnx.split(qwen25vl.Qwen25VL(cfg, rngs=nnx.Rngs(seed)))[1]
-    out = None if mesh is None else sharding.parameter_shardings(shapes, mesh)
-    return Loaded(cfg, graph, jax.jit(build, out_shardings=out)())
+    return Loaded(cfg, abstract(cfg)[0], _initialiser(cfg, mesh)(jax.random.key(seed)))
 
 
 def tiny_config(tokenizer: str | pathlib.Path | None = None) -> qwen25vl.Config:
@@ -390,8 +396,16 @@ def save(
             pass
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    part.chmod(0o755)  # mkdtemp makes folders private
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
+        part = pathlib.Path(beside) / "new"
+        part.mkdir()
+        _write_folder(part, cfg, tensors, like, dtype)
+        if folder.exists():
+            folder.rename(pathlib.Path(beside) / "old")
+        part.rename(folder)
+
+
+def _write_folder(part: pathlib.Path, cfg: qwen25vl.Config, tensors, like, dtype: str) -> None:
     _write_weights(part, tensors)
     config = cfg.to_hf() | {"dtype": dtype}
     (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -401,8 +415,3 @@ def save(
     if not (part / "preprocessor_config.json").exists():
         text = json.dumps(_preprocessor(cfg), indent=2) + "\n"
         (part / "preprocessor_config.json").write_text(text)
-    old = part.with_name(part.name + "-old")
-    if folder.exists():
-        folder.rename(old)
-    part.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -116,6 +116,7 @@ class Config:
     unroll: int = 1
 
     def __post_init__(self):
+        Compute(dtype=self.dtype, remat=self.remat, unroll=self.unroll)  # refuses what it must
         if self.text_after_video not in ("max", "hf5"):
             raise ValueError(f"text_after_video={self.text_after_video!r}; choose 'max' or 'hf5'")
         if self.vision.out != self.text.width:
@@ -248,7 +249,7 @@ class Qwen25VL(nnx.Module):
 
     def embed(self, tokens: TokenBatch, seen: VisionBatch) -> Float[Array, "B T D"]:
         """Token embeddings, with vision features where `tokens.media` points at one."""
-        x = self.decoder.embed(jnp.asarray(tokens.tokens))
+        x = self.decoder.embed(tokens.tokens)
         if seen.patches.shape[1] == 0:  # a batch without media never runs the tower
             return x
         features = self.tower(seen)  # [B, P, D]
@@ -257,16 +258,17 @@ class Qwen25VL(nnx.Module):
         return jnp.where(tokens.media[..., None] > 0, taken, x)
 
     def hidden(self, tokens: TokenBatch, vision: VisionBatch) -> Float[Array, "B T D"]:
-        x = self.embed(tokens, vision)
-        return self.decoder(x, jnp.asarray(tokens.positions), jnp.asarray(tokens.end))[0]
+        """After the final norm."""
+        tokens = TokenBatch(*map(jnp.asarray, tokens))
+        return self.decoder(self.embed(tokens, vision), tokens.positions, tokens.end)[0]
 
     def prefill(self, tokens: TokenBatch, vision: VisionBatch) -> tuple[Float[Array, "B D"], KV]:
         """One prompt per row, from index 0. Its last hidden state (which predicts the first token
         of every branch) and its cache. A row of padding gives some finite state."""
+        tokens = TokenBatch(*map(jnp.asarray, tokens))
         x = self.embed(tokens, vision)
-        end = jnp.asarray(tokens.end)
-        y, kv = self.decoder(x, jnp.asarray(tokens.positions), end, keep=True)
-        last = jnp.maximum((end > 0).sum(axis=1) - 1, 0)
+        y, kv = self.decoder(x, tokens.positions, tokens.end, keep=True)
+        last = jnp.maximum((tokens.end > 0).sum(axis=1) - 1, 0)
         return jnp.take_along_axis(y, last[:, None, None], axis=1)[:, 0], kv
 
     def decode(

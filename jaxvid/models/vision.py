@@ -120,6 +120,7 @@ class Tower(nnx.Module):
 
     def __call__(self, vision: VisionBatch) -> Float[Array, "B P D"]:
         """Merged features of each row, frame-major. Padding gives finite features nobody reads."""
+        vision = VisionBatch(*map(jnp.asarray, vision))
         B, E, Q, C = vision.patches.shape
         if C != self.cfg.patch_values:
             raise ValueError(

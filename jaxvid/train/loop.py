@@ -89,8 +89,7 @@ def train(
     """Run to `settings.steps`, from the last checkpoint in `workdir` if there is one.
 
     rate: learning rate by optimizer step, for the log. evaluate: validation metrics of a state,
-    named eval_*. describe: names of the records in
-    item n, for the error that stops a run.
+    named eval_*. describe: names of the records in item n, for the error that stops a run.
     """
     saver = Checkpoints(
         workdir / "checkpoints", keep=settings.keep, best=settings.best, mode=settings.best_mode

@@ -6,7 +6,9 @@ not finite is null there (JSON has no nan) and left out of TensorBoard.
 
 import json
 import math
+import os
 import pathlib
+from typing import Any
 
 import jax
 import tensorboardX
@@ -50,7 +52,9 @@ class Writer:
         self.path = folder / "metrics.jsonl"
         lines = read(folder) if self.path.exists() else []
         kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= start]
-        self.path.write_text("".join(kept))
+        partial = self.path.with_name("metrics.jsonl.partial")
+        partial.write_text("".join(kept))
+        os.replace(partial, self.path)
         self.board = tensorboardX.SummaryWriter(
             str(folder / "tensorboard"), purge_step=start + 1 if start else None
         )
@@ -70,8 +74,11 @@ class Writer:
             self.board.close()
 
 
-def read(folder: pathlib.Path) -> list[dict[str, float | None]]:
-    """The lines of a run's metrics.jsonl. A last line cut off by a kill is left out."""
+def read(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl: step, and a number or None by name.
+
+    A last line cut off by a kill is left out.
+    """
     text = (folder / "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.split("\n")[:-1] if line]
 

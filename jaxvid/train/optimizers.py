@@ -113,7 +113,8 @@ class AdamW:
 
 @dataclasses.dataclass(frozen=True)
 class Muon:
-    """Muon (Newton-Schulz orthogonalised momentum) on matrices, AdamW on everything else.
+    """Muon (Newton-Schulz orthogonalised momentum) on matrices, AdamW with Nesterov momentum on
+    everything else.
 
     Stacked weights are orthogonalised layer by layer, and the (heads, head) axes of attention as
     one. `consistent_rms` > 0 scales updates as in arXiv:2502.16982 (0.2 matches AdamW's size, and

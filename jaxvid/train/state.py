@@ -1,5 +1,6 @@
 """What one training step reads and writes, and where it lies on the mesh."""
 
+import contextlib
 from typing import Any, NamedTuple
 
 import jax
@@ -26,16 +27,15 @@ class TrainState(NamedTuple):
 def create(
     params: nnx.State, tx: optax.GradientTransformation, mesh: Mesh | None = None
 ) -> TrainState:
-    """A fresh state. It owns `params`: the first step donates them."""
+    """A fresh state. `params` are donated to it: copy them first if they are needed again."""
 
     def new(params):
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, tx.init(params), zero, zero)
+        # Zeros depend on no input, so nothing else tells the compiler where the moments belong.
+        return constrain(TrainState(zero, params, tx.init(params), zero, zero))
 
-    if mesh is None:
-        return jax.jit(new)(params)
-    # Zeros depend on no input, so nothing would tell the compiler where the moments belong.
-    return jax.jit(new, out_shardings=shardings(jax.eval_shape(new, params), mesh))(params)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        return jax.jit(new, donate_argnums=0)(params)
 
 
 def shardings(state: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
