@@ -1,8 +1,9 @@
 """Reading practice, without clips: copy words, and find the letter of an option.
 
 A small model trained from nothing does not learn to look things up in its own prompt from questions
-of choice alone; copying random words teaches it within some hundred steps. Large models come with
-this skill, so only a base model made from nothing needs it.
+of choice alone; copying random words teaches it within some hundred steps. The option thought of is
+drawn at random and not named in the prompt, so the letter can only come from the thought. Large
+models come with this skill, so only a base model made from nothing needs it.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from jaxvid.data.records import Example, Record, Response
 LICENCE = "CC0-1.0"
 WORDS = sorted({w for o in EDITS for w in o.split()} | {*COLOURS, *SHAPES, *COLUMNS, *ROWS})
 COPIED = 24  # words in a row
-COPIES, CHOICES = 2, 4  # examples of a record
+COPIES, CHOICES = 1, 5  # examples of a record
 
 
 def records(seed: int, split: str, count: int) -> Iterator[Record]:
@@ -30,7 +31,7 @@ def records(seed: int, split: str, count: int) -> Iterator[Record]:
         for k in range(CHOICES):
             options = tuple(str(o) for o in rng.choice(sorted(EDITS), 4, replace=False))
             at = int(rng.integers(4))
-            prompt = choice_prompt(f"Which letter is: {options[at]}?", options)
+            prompt = choice_prompt("Name one.", options)
             examples.append(_example(f"pick {k}", prompt, reasoned(options[at], LETTERS[at])))
         yield Record(
             id=name,

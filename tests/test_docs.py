@@ -22,7 +22,7 @@ def commands():
     for page in PAGES:
         text = page.read_text()
         blocks = re.findall(r"```bash\n(.*?)```", text, re.S) + re.findall(
-            r"^ {4}((?:jaxvid|pip|pytest|ruff)[^\n]*)$", text, re.M
+            r"^ {4}((?:jaxvid|jaxvid-forge|jaxvid-launch|pip|pytest|ruff) [^\n]*)$", text, re.M
         )
         for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
             for part in line.split("&&"):
