@@ -14,11 +14,17 @@ from jaxvid.train.optimizers import Muon
 
 def get_config(runlocal: bool = False) -> SFTRun:
     base = tiny_base.get_config(runlocal)
-    shards = ("runs/base/shards", "runs/base/practice")
+    budget = dataclasses.replace(base.data.budget, tokens=448)  # two records of practice in a row
+    data = dataclasses.replace(
+        base.data,
+        shards=("runs/base/shards", "runs/base/practice"),
+        weights=(1.0, 1.0),
+        budget=budget,
+    )
     return dataclasses.replace(
         base,
         model="runs/base/train/model",
-        data=dataclasses.replace(base.data, shards=shards, weights=(1.0, 1.0)),
+        data=data,
         optimizer=Muon(lr=1.5e-3, warmup=0 if runlocal else 5, final=0.02),
         steps=2 if runlocal else 150,
         seed=2,

@@ -61,7 +61,10 @@ def parameter_shardings(params: nnx.State, mesh: Mesh | AbstractMesh, rules=RULE
         if missing not in (0, 1):
             raise ValueError(f"{jax.tree_util.keystr(path)}: shape {v.shape} but axes {axes}")
         names = spec(("layers",) * missing + axes, rules)
-        fits = [n if n is None or d % mesh.shape[n] == 0 else None for d, n in zip(v.shape, names)]
+        splits = lambda d, n: n is not None and mesh.shape[n] > 1 and d % mesh.shape[n] == 0
+        fits = [n if splits(d, n) else None for d, n in zip(v.shape, names)]
+        while fits and fits[-1] is None:  # as the compiler writes it, so that layouts compare equal
+            fits.pop()
         return v.replace(NamedSharding(mesh, P(*fits)))
 
     return jax.tree.map_with_path(of, params, is_leaf=lambda v: isinstance(v, nnx.Variable))

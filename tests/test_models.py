@@ -240,7 +240,9 @@ def test_branches_of_a_tree_equal_the_separate_sequences():
     for branch, separate in zip(branches, alone):
         want = hidden(ours, separate, frames())[0]
         np.testing.assert_allclose(got[:p], want[:p], atol=1e-5)
-        np.testing.assert_allclose(got[start : start + len(branch)], want[p:], atol=1e-5)
+        np.testing.assert_allclose(
+            got[start : start + len(branch)], want[p : p + len(branch)], atol=1e-5
+        )
         start += len(branch)
 
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxvid import rewards
 from jaxvid.data import layout
@@ -32,7 +32,7 @@ from jaxvid.data.chat import Chat
 from jaxvid.data.pipeline import Prompts
 from jaxvid.ops.duality import Advantages
 from jaxvid.rollout import sampler
-from jaxvid.train import loop, step
+from jaxvid.train import loop
 from jaxvid.train.state import TrainState
 
 SIDES = ("real", "counterfactual")
@@ -115,7 +115,7 @@ class Replies(NamedTuple):
     correct: Float[np.ndarray, "pairs 2 G"]
     asked: Bool[np.ndarray, "pairs 2"]
 
-    def take(self, which: Sequence[int]) -> "Replies":
+    def take(self, which: Sequence[int] | Int[np.ndarray, "n"]) -> "Replies":
         rows = list(which)
         lists = {name: [getattr(self, name)[i] for i in rows] for name in ("questions", "texts")}
         arrays = {n: getattr(self, n)[rows] for n in self._fields if n not in lists}
@@ -353,7 +353,7 @@ def duality_metrics(found: Advantages) -> dict[str, float]:
     return out
 
 
-def _over_laps(laps: list[step.Metrics]) -> dict[str, float]:
+def _over_laps(laps: list[dict[str, Any]]) -> dict[str, float]:
     """Means over the steps of one update; counters give their last value."""
     means = {name: float(np.mean([lap[name] for lap in laps])) for name in laps[0]}
     counters = {name: float(laps[-1][name]) for name in ("skipped", "skipped_total")}
