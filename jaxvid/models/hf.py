@@ -128,7 +128,9 @@ def _initialiser(cfg: qwen25vl.Config, mesh: Mesh | None):
     """One compiled program per config and mesh, whatever the seed."""
     out = None if mesh is None else sharding.parameter_shardings(abstract(cfg)[1], mesh)
     build = lambda key: nnx.split(qwen25vl.Qwen25VL(cfg, rngs=nnx.Rngs(key)))[1]
-    return jax.jit(build, out_shardings=out)
+    # It runs once: on CPU, compiling it with care would take five times as long as all the rest.
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(build, out_shardings=out, compiler_options=quick)
 
 
 def initialise(cfg: qwen25vl.Config, seed: int, *, mesh: Mesh | None = None) -> Loaded:
