@@ -2,7 +2,7 @@
 
     jaxvid-forge procedural --out DIR [--train 3000 --validation 100 --test 300 --seed 0]
     jaxvid-forge visual --videos DIR --out DIR [--edits 4]
-    jaxvid-forge practice --out DIR [--train 4000]
+    jaxvid-forge practice --out DIR [--train 12000]
     jaxvid-forge tokenizer --shards DIR --out MODEL_DIR [--vocab 512]
 
 Every record is a function of seed, split and index, so workers may render in any order and an
@@ -176,7 +176,7 @@ class Practice:
     """Reading practice without clips, for a base model trained from nothing."""
 
     out: pathlib.Path
-    train: int = 4000  # records
+    train: int = 12000  # records
     seed: int = 0
 
 

@@ -1,22 +1,26 @@
 """Reading practice, without clips: copy words, and find the letter of an option.
 
 A small model trained from nothing does not learn to look things up in its own prompt from questions
-of choice alone; copying random words teaches it within some hundred steps. The option thought of is
-drawn at random and not named in the prompt, so the letter can only come from the thought. Large
-models come with this skill, so only a base model made from nothing needs it.
+of choice alone. Copying random words makes it match and copy; questions whose four answers are all
+told, one by one, then teach which letter stands before which option. Without a clip every option is
+as likely as the others, so the letter can only come from the thought before it. Large models come
+with this skill, so only a base model made from nothing needs it.
 """
 
 from collections.abc import Iterator
 
-from data_gen.procedural.outcomes import EDITS
-from data_gen.procedural.scene import COLOURS, SHAPES, generator
+import numpy as np
+
+from data_gen.procedural.outcomes import EDITS, FAMILIES
+from data_gen.procedural.scene import COLOURS, SHAPES, generator, look
 from data_gen.procedural.tell import COLUMNS, LETTERS, ROWS, choice_prompt, reasoned
 from jaxvid.data.records import Example, Record, Response
 
 LICENCE = "CC0-1.0"
+PLACES = [f"{r} {c}" for r in ROWS for c in COLUMNS]
 WORDS = sorted({w for o in EDITS for w in o.split()} | {*COLOURS, *SHAPES, *COLUMNS, *ROWS})
 COPIED = 24  # words in a row
-COPIES, CHOICES = 1, 5  # examples of a record
+CHOICES = 2  # questions of a record, each answered in all four ways
 
 
 def records(seed: int, split: str, count: int) -> Iterator[Record]:
@@ -24,24 +28,33 @@ def records(seed: int, split: str, count: int) -> Iterator[Record]:
     for i in range(count):
         name = f"practice-{split}/{i:06d}"
         rng = generator(seed, name)
-        examples = []
-        for k in range(COPIES):
-            words = " ".join(str(w) for w in rng.choice(WORDS, COPIED))
-            examples.append(_example(f"copy {k}", f"Repeat: {words}", words))
-        for k in range(CHOICES):
-            options = tuple(str(o) for o in rng.choice(sorted(EDITS), 4, replace=False))
-            at = int(rng.integers(4))
-            prompt = choice_prompt("Name one.", options)
-            examples.append(_example(f"pick {k}", prompt, reasoned(options[at], LETTERS[at])))
+        words = " ".join(str(w) for w in rng.choice(WORDS, COPIED))
         yield Record(
             id=name,
             split=split,
             media=(),
-            examples=tuple(examples),
+            examples=(
+                Example("copy", "sft", -1, f"Repeat: {words}", (), words, (Response(words),)),
+                *(_choice(f"choice {k}", rng) for k in range(CHOICES)),
+            ),
             provenance={"tool": "data_gen.practice", "seed": seed},
             licence=LICENCE,
         )
 
 
-def _example(name: str, prompt: str, answer: str) -> Example:
-    return Example(name, "sft", -1, prompt, (), answer, (Response(answer),))
+def _choice(name: str, rng: np.random.Generator) -> Example:
+    """A question the world asks, or one over outcomes of any family, with all its answers."""
+    kind = rng.integers(4)
+    if kind == 0:
+        question, outcomes = "Where does it start?", PLACES
+    elif kind == 1:
+        question, outcomes = "Name one.", list(EDITS)
+    else:
+        family = list(FAMILIES.values())[rng.integers(len(FAMILIES))]
+        premise = str(rng.choice(list(family.premises)))
+        called = look(rng.choice(list(COLOURS)), rng.choice(SHAPES), family.name, premise)
+        question = family.question.format(look=called, premise=premise)
+        outcomes = [o for ordinary in family.premises.values() for o in ordinary]
+    options = tuple(str(o) for o in rng.choice(outcomes, 4, replace=False))
+    told = tuple(Response(reasoned(o, letter)) for o, letter in zip(options, LETTERS))
+    return Example(name, "sft", -1, choice_prompt(question, options), (), told[0].text, told)

@@ -348,3 +348,24 @@ def test_what_is_wrong_is_said(world):
     ):
         with pytest.raises(ValueError, match=fault):
             setup(world, **change)
+
+
+def test_answers_of_one_question_share_it(world):
+    record = make_record(0, "a", ("sft",))
+    asked = [e for e in record.examples if e.task == "sft" and e.media == 0]
+    two = records.Response("down"), records.Response("up")
+    record = dataclasses.replace(
+        record, examples=(dataclasses.replace(asked[0], responses=two), *asked[1:])
+    )
+    _, builder = setup(world, tasks=("sft",))
+    tree = builder(record, np.random.default_rng(0))[0]
+    assert [b.parent for b in tree.branches[:3]] == [0, 1, 1]
+    assert [b.weight for b in tree.branches[:3]] == [0, 1, 1]
+    assert [int(b.scored.sum()) == len(b.tokens) for b in tree.branches[:3]] == [False, True, True]
+    for k in (0, 1):
+        alone = dataclasses.replace(
+            record, examples=(dataclasses.replace(asked[0], responses=two[k : k + 1]),)
+        )
+        (one,) = builder(alone, np.random.default_rng(0))[0].branches
+        both = np.concatenate([tree.branches[0].tokens, tree.branches[1 + k].tokens])
+        np.testing.assert_array_equal(one.tokens, both)

@@ -79,6 +79,34 @@ def test_failure_leaves_the_folder_as_it_was(tmp_path):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+FULL = """
+import pathlib, resource, sys
+from jaxvid.data import shards
+from test_shards import record
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+rows = (record(i, clip=i.to_bytes(2, "big") * 5_000) for i in range(20))
+shards.write(pathlib.Path(sys.argv[1]), rows, split="train", shard_records=10, resume="seed 0")
+"""
+
+
+def test_a_disk_that_fills_is_named_and_leaves_nothing_to_read(tmp_path):
+    """A limit on file size stands for the disk: the writer sees the same failing write."""
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    ran = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 1 and "Make room on the disk" in ran.stderr, ran.stderr
+    with pytest.raises(shards.ShardError, match="no manifest"):
+        shards.Source(tmp_path, "train")
+    assert shards.resumable(tmp_path, split="train", resume="seed 0") == 0
+    rows = [record(i) for i in range(20)]
+    shards.write(tmp_path, rows, split="train", shard_records=10, resume="seed 0")
+    assert shards.validate(tmp_path, media=True) == shards.Report(20, [])
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
     bad = dataclasses.replace(record(1), licence="")
     rows = [record(0), bad, *(record(i) for i in range(2, 8))]

@@ -21,7 +21,6 @@ class Mix:
     pairs: bool = True  # False: one clip a record, as in the base mix
     rare: float = 0.0  # base mix: share of clips that show an odd outcome
     mislabelled: float = 0.0  # base mix: share of those told as if the ordinary had happened
-    letters: bool = False  # base mix: also practise which letter stands before which option
 
     def __post_init__(self):
         for name in ("rare", "mislabelled"):
@@ -176,9 +175,6 @@ def chunk(
         sides = []
         for side, (outcome, words) in enumerate(zip(outcomes, told)):
             examples, facts = _side(scene, side, outcome, words, settings)
-            if mix.letters:
-                prompt, reply = tell.letter_practice(scene, side)
-                examples.append(_open("letters", side, prompt, reply))
             clips.append((scene, side, facts))
             sides.append(examples)
         found.append((scene, outcomes, told, sides))

@@ -85,8 +85,13 @@ class Scene:
 
     @property
     def look(self) -> str:
-        noun = "" if self.family in ("wall", "picture", "presence") else f" {self.premise}"
-        return f"{self.subject.colour} {self.subject.shape}{noun}"
+        return look(self.subject.colour, self.subject.shape, self.family, self.premise)
+
+
+def look(colour: str, shape: str, family: str, premise: str) -> str:
+    """How the subject is called: "red square weight". Some premises are not the subject's own."""
+    noun = "" if family in ("wall", "picture", "presence") else f" {premise}"
+    return f"{colour} {shape}{noun}"
 
 
 def generator(seed: int, name: str) -> np.random.Generator:

@@ -40,16 +40,6 @@ def place_options(plan: Plan) -> tuple[str, ...]:
     return tuple(str(listed[i]) for i in rng.permutation(4))
 
 
-def letter_practice(scene: Scene, side: int) -> tuple[str, str]:
-    """(prompt, reply): which letters stand before four outcomes of any family. Needs no seeing."""
-    rng = generator(scene.seed, f"{scene.id}/{side}/letters")
-    listed = tuple(str(o) for o in rng.choice(sorted(EDITS), 4, replace=False))
-    asked = [listed[i] for i in rng.permutation(4)]
-    prompt = choice_prompt("Read the options.", listed)
-    named = ", ".join(f"{o}: {LETTERS[listed.index(o)]}" for o in asked)
-    return f"{prompt}\nName the letters of: {', '.join(asked)}.", named
-
-
 def reasoned(thought: str, answer: str) -> str:
     return f"<think>{thought}</think> <answer>{answer}</answer>"
 

@@ -191,22 +191,30 @@ class Builder:
         )
 
     def _supervised(self, record: records.Record, asked: list, clip: "Clip") -> Tree:
-        """Prompt: the clip. Branches: each question with its answer; the answer is scored."""
-        branches = []
+        """Prompt: the clip. Branches: each question with its answer; the answer is scored.
+
+        A question with several answers is an unscored branch, and its answers continue it.
+        """
+        branches: list[Branch] = []
+        side = max(clip.side, 0)
         for e in asked:
             question = self.chat.suffix(e.prompt)
-            for r in e.responses:
-                if r.role != "answer":
-                    continue
-                reply = self.chat.response(r.text)
-                scored = np.arange(len(question) + len(reply)) >= len(question)
+            none = np.zeros(len(question), bool)
+            answers = [self.chat.response(r.text) for r in e.responses if r.role == "answer"]
+            parent = 0
+            if len(answers) > 1:
+                branches.append(Branch(question, none, side=side, weight=0.0))
+                parent = len(branches)
+            for reply in answers:
+                scored = np.ones(len(reply), bool)
                 branches.append(
                     Branch(
-                        np.concatenate([question, reply]),
-                        scored,
-                        side=max(clip.side, 0),
+                        reply if parent else np.concatenate([question, reply]),
+                        scored if parent else np.concatenate([none, scored]),
+                        side=side,
                         branch=len(branches),
                         weight=e.weight,
+                        parent=parent,
                     )
                 )
         return self._tree(record, clip, None, tuple(branches))

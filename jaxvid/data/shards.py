@@ -19,7 +19,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -144,8 +144,7 @@ def _write_parts(
     while True:
         path = work / f"part-{len(parts)}"
         part = {"file": path.name, "resume": resume, "taken": 0, "ids": [], "rejects": []}
-        writer = ArrayRecordWriter(str(path), "group_size:1")  # a group is what one read unpacks
-        try:
+        with contextlib.closing(_Writer(path)) as writer:
             for index, record in numbered:
                 part["taken"] += 1
                 reason = _fault(record, split, seen)
@@ -158,8 +157,6 @@ def _write_parts(
                 part["ids"].append(record.id)
                 if len(part["ids"]) == shard_records:
                     break
-        finally:
-            writer.close()
         if not part["taken"]:
             return
         _fsync(path)
@@ -168,6 +165,29 @@ def _write_parts(
             file.flush()
             os.fsync(file.fileno())
         parts.append(part)
+
+
+class _Writer:
+    """An ArrayRecordWriter whose errors say what to do. It notices a full disk late, on closing."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        self._writer = self._call(ArrayRecordWriter, str(path), "group_size:1")  # a read unpacks 1
+
+    def write(self, data: bytes) -> None:
+        self._call(self._writer.write, data)
+
+    def close(self) -> None:
+        self._call(self._writer.close)
+
+    def _call(self, function: Callable, *args):
+        try:
+            return function(*args)
+        except (RuntimeError, OSError) as error:
+            raise ShardError(
+                f"{self._path} could not be written: {error}. Make room on the disk, or check the "
+                f"rights of the folder, and run it again. Nothing half-written is ever read."
+            ) from error
 
 
 def _fault(record: Record, split: str, seen: set[str]) -> str:
