@@ -10,7 +10,8 @@ The practice and the untrained model are made first:
 
 Run:     jaxvid train configs/tiny_read.py --workdir runs/base/read
 Test:    jaxvid train configs/tiny_read.py:runlocal --workdir /tmp/read
-Expect:
+Expect:  loss 0.154 at step 400 (7 min on 2 cores); it stays near 1.3 until step 100, then falls.
+         Of the letters 70 % have a probability above one half, where chance is 25 %.
 """
 
 from configs import _tiny

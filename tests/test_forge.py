@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from data_gen import build, sources
+from data_gen import build, practice, sources
 from data_gen.build import main
 from jaxvid.data import shards
 
@@ -78,3 +78,19 @@ def test_unknown_flag_names_the_nearest(flag, capsys):
         main(["procedural", "--out", "x", flag, "3"])
     told = capsys.readouterr()
     assert "--train" in told.err + told.out or "--settings.side" in told.err + told.out
+
+
+def test_reading_practice_tells_every_letter_after_its_option_and_names_none():
+    made = list(practice.records(3, "train", 40))
+    assert made == list(practice.records(3, "train", 40)) != list(practice.records(4, "train", 40))
+    for record in made:
+        record.check()
+        copied, *choices = record.examples
+        assert copied.prompt == f"Repeat: {copied.answer}"
+        for e in choices:
+            question, *listed = e.prompt.splitlines()
+            options = dict(line.split(". ") for line in listed)
+            assert list(options) == list("ABCD") and len(set(options.values())) == 4
+            assert not any(o in question for o in options.values())
+            told = [r.text for r in e.responses]
+            assert told == [f"<think>{o}</think> <answer>{a}</answer>" for a, o in options.items()]

@@ -375,6 +375,7 @@ def test_folder_round_trip(tied, tmp_path, monkeypatch):
     hf.save(tmp_path / "m", loaded.cfg, loaded.params, dtype="float32")
     hf.save(tmp_path / "m", loaded.cfg, loaded.params, dtype="float32")  # replaces the folder
     assert (tmp_path / "m/model.safetensors.index.json").is_file()
+    assert len({p.stat().st_mode for p in (tmp_path / "m").iterdir()}) == 1  # all can be read alike
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
     read = hf.load(tmp_path / "m")
     assert dataclasses.replace(read.cfg, remat=False) == loaded.cfg

@@ -345,7 +345,10 @@ def _write_weights(folder: pathlib.Path, tensors) -> None:
 
     def flush():
         file = folder / f"part-{len(names):05d}.safetensors"
+        file.touch()  # with the rights of any new file; safetensors makes its own for the owner alone
+        mode = file.stat().st_mode
         safetensors.numpy.save_file(shard, file, metadata={"format": "pt"})
+        file.chmod(mode)
         names.append((file, list(shard)))
 
     for name, x in tensors:
