@@ -7,7 +7,7 @@ of another scene. Styles are therefore the same on both sides of every choice.
 import numpy as np
 
 from data_gen.procedural.motion import Plan
-from data_gen.procedural.outcomes import EDITS, FAMILIES
+from data_gen.procedural.outcomes import FAMILIES
 from data_gen.procedural.scene import Scene, generator
 
 COLUMNS, ROWS = ("left", "middle", "right"), ("top", "centre", "bottom")

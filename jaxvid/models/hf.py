@@ -345,7 +345,7 @@ def _write_weights(folder: pathlib.Path, tensors) -> None:
 
     def flush():
         file = folder / f"part-{len(names):05d}.safetensors"
-        file.touch()  # with the rights of any new file; safetensors makes its own for the owner alone
+        file.touch()  # with the rights of a new file; safetensors gives them to the owner alone
         mode = file.stat().st_mode
         safetensors.numpy.save_file(shard, file, metadata={"format": "pt"})
         file.chmod(mode)
