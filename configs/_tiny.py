@@ -7,6 +7,7 @@ from jaxvid.data import layout, media, pipeline
 
 WORLD = "runs/world"  # jaxvid-forge procedural --out runs/world
 BASE = "@checkpoints/tiny_base"
+REPLY = 16  # tokens a reply may have; the longest right one has 14
 SAMPLING = media.Sampling(frames=8, height=48, width=48)
 
 
@@ -40,13 +41,16 @@ def preferences(pairs: int, split: str = "train") -> pipeline.Data:
 
 
 def questions(pairs: int, split: str = "train") -> pipeline.Data:
-    """The pairs' shared question of choice; a row holds one prompt and its group of replies."""
+    """The pairs' shared question of choice; a row holds one prompt and its group of replies.
+
+    A prompt has at most 92 tokens, and a group is 8 replies of at most REPLY tokens.
+    """
     return pipeline.Data(
         shards=(WORLD,),
         split=split,
         tasks=("policy",),
         budget=layout.Budget(
-            rows=2 * pairs, tokens=288, scored=192, branches=8, frames=4, patches=36
+            rows=2 * pairs, tokens=224, scored=128, branches=8, frames=4, patches=36
         ),
         pairs=pairs,
         sampling=SAMPLING,

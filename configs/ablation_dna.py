@@ -11,7 +11,7 @@ Expect:  not measured yet
 
 import dataclasses
 
-from configs import tiny_dna
+from configs import _tiny, tiny_dna
 from jaxvid.config import PolicyRun
 from jaxvid.objectives.advantages import GRPO
 from jaxvid.objectives.policy import Policy
@@ -22,7 +22,9 @@ ARMS = ("grpo", "dapo", "dna")
 def get_config(runlocal: bool = False, arm: str = "dna") -> PolicyRun:
     dna = tiny_dna.get_config(runlocal)
     if not runlocal:
-        dna = dataclasses.replace(dna, steps=40, eval_every=0, checkpoint_every=20)
+        dna = dataclasses.replace(
+            dna, data=_tiny.questions(16), steps=40, eval_every=0, checkpoint_every=20
+        )
     if arm == "dna":
         return dna
     dapo = dataclasses.replace(dna, advantages=GRPO())

@@ -21,18 +21,18 @@ from jaxvid.train.optimizers import AdamW
 
 
 def get_config(runlocal: bool = False) -> PolicyRun:
-    pairs, steps = (2, 2) if runlocal else (8, 50)
+    pairs, steps = (2, 2) if runlocal else (24, 60)
     return PolicyRun(
         model=_tiny.BASE if runlocal else "runs/sft/model",
         compute=Compute(remat=False, unroll=4),
         data=_tiny.questions(pairs),
         validation=_tiny.questions(pairs, "validation"),
-        ask=Settings(max_tokens=24, rows=100),
+        ask=Settings(max_tokens=_tiny.REPLY, rows=100),
         objective=Policy(clip_low=0.2, clip_high=0.28, dual_clip=3.0, aggregation="batch_token"),
         advantages=Duality(),
-        rollout=policy.Settings(group=8, sampling=Sampling(max_tokens=24), max_refills=2),
-        optimizer=AdamW(lr=3e-4, warmup=0 if runlocal else 3, schedule="constant"),
+        rollout=policy.Settings(group=8, sampling=Sampling(max_tokens=_tiny.REPLY), max_refills=2),
+        optimizer=AdamW(lr=3e-5, warmup=0 if runlocal else 3, schedule="constant"),
         steps=steps,
-        eval_every=25,
-        checkpoint_every=25,
+        eval_every=20,
+        checkpoint_every=20,
     )

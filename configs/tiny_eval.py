@@ -16,5 +16,7 @@ def get_config(runlocal: bool = False) -> EvalRun:
         model=_tiny.BASE,
         compute=Compute(remat=False, unroll=4),
         data=_tiny.questions(8, "test"),
-        ask=Settings(max_tokens=24, rows=16 if runlocal else 100, limit=8 if runlocal else 0),
+        ask=Settings(
+            max_tokens=_tiny.REPLY, rows=16 if runlocal else 100, limit=8 if runlocal else 0
+        ),
     )

@@ -15,14 +15,14 @@ from jaxvid.train.optimizers import Muon
 
 
 def get_config(runlocal: bool = False) -> SFTRun:
-    pairs, steps = (2, 2) if runlocal else (16, 60)
+    pairs, steps = (2, 2) if runlocal else (16, 120)
     return SFTRun(
         model=_tiny.BASE,
         compute=Compute(remat=False, unroll=4),
         data=_tiny.supervised(pairs),
         validation=_tiny.supervised(pairs, "validation"),
-        optimizer=Muon(lr=5e-4, warmup=0 if runlocal else 5, final=0.1),
+        optimizer=Muon(lr=1e-3, warmup=0 if runlocal else 5, final=0.1),
         steps=steps,
-        eval_every=30,
-        checkpoint_every=30,
+        eval_every=40,
+        checkpoint_every=60,
     )
