@@ -23,7 +23,7 @@ def get_config(runlocal: bool = False) -> PreferenceRun:
         data=_tiny.preferences(pairs),
         validation=_tiny.preferences(pairs, "validation"),
         objective=DPO(beta=0.1, axis_weights=(1.0, 1.0, 1.0)),
-        optimizer=AdamW(lr=1e-4, warmup=0 if runlocal else 5, final=0.1),
+        optimizer=AdamW(lr=2e-5, warmup=0 if runlocal else 5, final=0.1),
         steps=steps,
         eval_every=20,
         checkpoint_every=20,

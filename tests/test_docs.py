@@ -7,10 +7,14 @@ import pathlib
 import re
 import shlex
 
+import jax
+import numpy as np
 import pytest
+from test_objectives import make
 
 from data_gen import build
 from jaxvid import main, runs
+from jaxvid.objectives.sft import SFT
 from launch import main as launch
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -76,3 +80,17 @@ def test_links_between_pages_lead_somewhere():
 def test_pages_name_no_machine():
     for page in PAGES:
         assert not re.search(r"(?<![\w.])/(work|root|home)/", page.read_text()), page.name
+
+
+def test_the_objective_of_its_page_is_one():
+    """The page's code, run: with gamma 0 it is the mean NLL of SFT."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/objective.md").read_text(), re.S)
+    there: dict = {}
+    exec(code, there)
+    scores, batch = make()
+    plain, focal, want = (
+        jax.jit(objective)(scores, batch)
+        for objective in (there["Focal"](gamma=0.0), there["Focal"](), SFT())
+    )
+    np.testing.assert_allclose(plain[:2], want[:2], rtol=1e-6)
+    assert set(plain.metrics) == {"focal"} and focal.numerator < plain.numerator

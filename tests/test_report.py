@@ -158,7 +158,7 @@ def test_gallery_takes_turns_and_shows_the_clips(found):
 
 def test_gains_are_paired_differences(workdir, found):
     ends = [(g.before, g.after) for g in found.gains]
-    steps = [("base", "sft"), ("sft", "dpo"), ("dpo", "dna")]
+    steps = [("base", "sft"), ("sft", "dpo"), ("sft", "dna")]
     assert ends == [*steps, ("base", "dna")]
     first, last = (run.load(workdir / s / "eval" / "none") for s in ("base", "dna"))
     assert found.gains[-1].both == run.compare(last, first)["both"]

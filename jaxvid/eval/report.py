@@ -23,6 +23,7 @@ from jaxvid.eval.metrics import Interval, PairMetrics
 from jaxvid.eval.run import Prediction
 
 STAGES = ("base", "sft", "dpo", "dna")
+STARTS = {"sft": "base", "dpo": "sft", "dna": "sft"}
 CONTROLS = ("blank", "shuffled")
 FRAMES, PIXELS = 8, 96 * 96  # of a gallery clip: enough to see, and 12 pairs stay under 1 MB
 
@@ -153,8 +154,10 @@ def _groups(predictions: list[Prediction], held_out: dict[str, bool]) -> dict[st
 
 
 def _gains(asked: dict[str, list[Prediction]]) -> tuple[tuple[Gain, ...], list[str]]:
-    """Differences of neighbours, then of the last from the first; and which could not be made."""
-    steps = list(itertools.pairwise(asked))
+    """Each stage against the one it starts from (the one before it, where that was not asked), then
+    the last against the first; and which differences could not be made."""
+    start = lambda before, after: STARTS[after] if STARTS.get(after) in asked else before
+    steps = [(start(before, after), after) for before, after in itertools.pairwise(asked)]
     if len(asked) > 2:
         steps.append((next(iter(asked)), next(reversed(asked))))
     gains, lacks = [], []
