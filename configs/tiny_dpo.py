@@ -5,10 +5,10 @@ in the paper and ours here, as are rate and steps.
 
 Run:     jaxvid train configs/tiny_dpo.py --workdir runs/dpo
 Test:    jaxvid train configs/tiny_dpo.py:runlocal --workdir /tmp/dpo
-Expect:  in jaxvid-launch local (seed 0, 1,200 pairs) 94 % of validation preferences the right way at
-         step 40, 2 min on 2 cores. On 300 held-out pairs Real 71.0 %, CF 70.3 %, Both 51.0 % (95 %:
-         45.3 to 56.7), which is 3.3 points (-0.3 to 7.0) below the SFT it starts from: it learns the
-         statements, not the questions. A rate of 1e-4 cost 13.3 points.
+Expect:  in jaxvid-launch local (seed 0, 1,200 pairs) 94 % of validation preferences the right way
+         at step 40; 2 min on 2 cores. On 300 held-out pairs Real 71.0 %, CF 70.3 %, Both 51.0 %
+         (95 %: 45.3 to 56.7), 3.3 points (-0.3 to 7.0) below the SFT it starts from: it learns
+         the statements, not the questions. A rate of 1e-4 cost 13.3 points.
 """
 
 from configs import _tiny

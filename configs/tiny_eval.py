@@ -2,8 +2,8 @@
 
 Run:     jaxvid eval configs/tiny_eval.py --model runs/dna/model --workdir runs/dna/eval/none
 Test:    jaxvid eval configs/tiny_eval.py:runlocal --workdir /tmp/eval
-Expect:  300 pairs of test split seed 0, in 12 s a control on 2 cores: Both 2.3 % for the shipped base,
-         61.0 % for DNA
+Expect:  300 pairs (test split of seed 0), 12 s a control on 2 cores: Both 2.3 % for the shipped
+         base, 61.0 % for DNA
 """
 
 from configs import _tiny
