@@ -7,8 +7,8 @@ G = 8 where the paper has 16; rate and steps are ours.
 Run:     jaxvid train configs/tiny_dna.py --workdir runs/dna
 Test:    jaxvid train configs/tiny_dna.py:runlocal --workdir /tmp/dna
 Expect:  in jaxvid-launch local (seed 0, 1,200 pairs) the sampled replies that are right rise from
-         60 % to 70 % in 60 steps; 7 min on 2 cores. On 300 held-out pairs Real 75.7 %, CF 77.3 %, Both
-         61.0 % (95 %: 55.3 to 66.7), 6.7 points (1.3 to 12.0) above SFT. Blank frames: Both 0;
+         60 % to 70 % in 60 steps; 7 min on 2 cores. On 300 held-out pairs Real 75.7 %, CF 77.3 %,
+         Both 61.0 % (95 %: 55.3 to 66.7), 6.7 points (1.3 to 12.0) above SFT. Blank frames: Both 0;
          shuffled frames: 44.7. A rate of 3e-4 on 8 pairs an update collapsed within 10 steps.
 """
 

@@ -5,9 +5,9 @@ learning rate and the steps are ours; the paper's are for 7B (arXiv 2512.24271, 
 
 Run:     jaxvid train configs/tiny_sft.py --workdir runs/sft
 Test:    jaxvid train configs/tiny_sft.py:runlocal --workdir /tmp/sft
-Expect:  in jaxvid-launch local (seed 0, 1,200 pairs) loss 0.056, validation 0.066 at step 120; 6 min
-         on 2 cores. On 300 held-out pairs Real 72.3 %, CF 73.7 %, Both 54.3 % (95 %: 48.7 to 60.3);
-         the base has 80.0, 4.0 and 2.3. Blank frames: Both 0; shuffled frames: 34.3.
+Expect:  in jaxvid-launch local (seed 0, 1,200 pairs) loss 0.056, validation 0.066 at step 120;
+         6 min on 2 cores. On 300 held-out pairs Real 72.3 %, CF 73.7 %, Both 54.3 % (95 %: 48.7
+         to 60.3); the base has 80.0, 4.0 and 2.3. Blank frames: Both 0; shuffled frames: 34.3.
 """
 
 from configs import _tiny
