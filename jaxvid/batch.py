@@ -66,7 +66,7 @@ class Batch(NamedTuple):
     tokens: TokenBatch
     vision: VisionBatch
     branches: Branches
-    old: Float[Array, "B S"]  # trainer's log-prob at the start of the update; policy objectives
+    old: Float[Array, "B S"]  # trainer's log-prob at the update's start; NaN is the present one
     ref: Float[Array, "B S"]  # log-prob under the frozen reference; preference objectives and KL
     sampled: Float[Array, "B S"]  # the sampler's log-prob; only the importance weight reads it
 

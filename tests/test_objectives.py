@@ -272,6 +272,16 @@ def test_policy_on_policy_gradient_is_reinforce():
     near(grad[:, :6], -ADV_TOKENS)
 
 
+def test_policy_takes_the_present_log_prob_where_the_old_one_is_nan():
+    sampled = (LOGP + 0.1).astype(np.float32)
+    settings = dict(advantage=ADV, sampled=sampled, ref=LOGP - 1)
+    for objective in (Policy(kl_coef=0.5, importance_cap=2.0), Policy(ratio="sequence")):
+        known, unknown = (
+            with_gradient(objective, *make(old=old, **settings)) for old in (LOGP, np.nan)
+        )
+        jax.tree.map(near, unknown, known)
+
+
 def test_policy_kl_entropy_and_importance():
     got, metrics = policy(Policy(kl_coef=0.5, entropy_coef=0.1), ref=LOGP - 1)
     near(got, -(2 - 6 + 0.5 + 3) / 9 + 0.5 * np.exp(-1) - 0.05)
@@ -285,6 +295,48 @@ def test_policy_kl_entropy_and_importance():
     near(metrics["sampling/sampling_logp_difference/max"], np.log(4))
 
 
+def _branch_means(values):
+    """Of [2, 8] values, each token's mean over its branch; by hand, from SLOT."""
+    out = np.zeros(SLOT.shape)
+    for row in range(2):
+        for slot in set(SLOT[row]) - {0}:
+            out[row, SLOT[row] == slot] = values[row, SLOT[row] == slot].mean()
+    return out
+
+
+def test_gspo_has_one_ratio_a_branch():
+    """Value: the branch's geometric mean ratio, clipped. Gradient: that ratio at every token that
+    is not clipped, the token's own log-prob (GSPO-token, eq. 13 of arXiv 2507.18071)."""
+    rng = np.random.default_rng(0)
+    old = (LOGP + rng.normal(0, 0.4, LOGP.shape)).astype(np.float32)
+    scores, batch = make(old=old, advantage=ADV)
+    objective = Policy(ratio="sequence", clip_low=0.1, clip_high=0.1, dual_clip=None)
+    ratio = np.exp(_branch_means(LOGP - old))
+    clipped = np.clip(ratio, 0.9, 1.1)
+    adv = np.pad(ADV_TOKENS, ((0, 0), (0, 2)))
+    want = np.where(SLOT > 0, -np.minimum(ratio * adv, clipped * adv), 0)
+    loss, grad = with_gradient(objective, scores, batch)
+    near(loss.numerator / loss.denominator, want.sum() / 9)
+    free = (ratio * adv <= clipped * adv) & (SLOT > 0)
+    assert 0 < free.sum() < 9
+    near(grad, np.where(free, -ratio * adv, 0))
+
+
+def test_cispo_clips_the_weight_and_keeps_every_gradient():
+    """-sg(clip(ratio)) A logp (eq. 4 of arXiv 2506.13585); TRL's cap of 5 is clip_high 4."""
+    ratio = np.where(SLOT == 2, 9.0, 0.5)
+    old = (LOGP - np.log(ratio)).astype(np.float32)
+    scores, batch = make(old=old, advantage=ADV)
+    objective = Policy(clip="weight", clip_low=1.0, clip_high=4.0, dual_clip=None)
+    adv = np.pad(ADV_TOKENS, ((0, 0), (0, 2)))
+    weight = np.where(SLOT > 0, np.minimum(ratio, 5.0) * adv, 0)
+    loss, grad = with_gradient(objective, scores, batch)
+    near(loss.numerator, -(weight * LOGP).sum())
+    near(grad, -weight)
+    with pytest.raises(ValueError, match="set dual_clip to None"):
+        Policy(clip="weight")
+
+
 def test_policy_branch_of_weight_zero_is_left_out():
     weight = [[1, 0, 1], [0, 1, 0]]
     near(policy(Policy(), weight=weight)[0], -(2 + 0.5 + 3) / 4)
@@ -292,7 +344,10 @@ def test_policy_branch_of_weight_zero_is_left_out():
 
 
 def test_kl_and_importance_by_hand():
-    near(kl(jnp.array([0.0, 0.0]), jnp.array([0.0, np.log(2)])), [0, 2 - np.log(2) - 1])
+    logp, ref = jnp.array([0.0, 0.0]), jnp.array([0.0, np.log(2)])
+    near(kl(logp, ref), [0, 2 - np.log(2) - 1])
+    near(kl(logp, ref, "k1"), [0, -np.log(2)])
+    near(kl(logp, ref, "k2"), [0, np.log(2) ** 2 / 2])
     near(importance(jnp.zeros(3), jnp.array([np.log(2), -9.0, np.nan]), 3.0), [0.5, 3, 1])
 
 

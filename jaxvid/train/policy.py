@@ -6,7 +6,7 @@ One update of `loop.train`, on `pairs` questions (a question is asked of both vi
      at most `max_refills` times; the two sides of a pair stay or go together;
   3. advantages over [pairs, 2, G], both sides of a pair in one computation;
   4. lay out prompt and replies as trees, a pair in one micro-batch;
-  5. log-probs at the start of the update, by the trainer's own scoring;
+  5. if several steps follow, log-probs at the start of the update, by the trainer's own scoring;
   6. `updates` steps on the same batch.
 
 Everything drawn comes from (seed, step, record, question, side), so a resumed run samples what the
@@ -155,7 +155,10 @@ def make_update(parts: Parts, seed: int) -> loop.Update:
         groups = trees(kept, found.advantage, valid)
         batch = layout.stack(layout.pack(groups, parts.budget, shards=shards))
         batch = loop.place(batch, parts.mesh)
-        batch = batch._replace(old=parts.score(state.params, batch).logp)
+        if settings.updates == 1:  # the step itself scores at the start of the update
+            batch = batch._replace(old=jnp.full_like(batch.old, jnp.nan))
+        else:
+            batch = batch._replace(old=parts.score(state.params, batch).logp)
         if parts.reference is not None:
             batch = batch._replace(ref=parts.score(parts.reference, batch).logp)
         laps = []
