@@ -6,7 +6,9 @@ dna    dapo, and both sides of a pair scaled to equal signal (arXiv 2512.24271)
 
 Run:     jaxvid ablate configs/ablation_dna.py --workdir runs/ablation --seeds 5
 Test:    jaxvid ablate configs/ablation_dna.py:runlocal --workdir /tmp/ablation --seeds 2
-Expect:  not measured yet
+Expect:  Both on 300 pairs, 5 seeds, from the SFT of jaxvid-launch local: grpo 52.8 %, dapo 53.7 %,
+         dna 52.9 %; dna - dapo -0.7 points (-2.7 to 1.3). No difference; see docs/train.md.
+         4 to 6 min a run on one core.
 """
 
 import dataclasses

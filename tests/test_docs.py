@@ -61,8 +61,8 @@ def test_command_is_one_that_works(page, words, monkeypatch, tmp_path):
         launch.main(rest)
         assert called
     elif rest[0] in ("train", "eval", "ablate"):
-        at = rest.index("--workdir") if "--workdir" in rest else None
-        flags = [w for i, w in enumerate(rest[2:], 2) if at is None or i not in (at, at + 1)]
+        own = [i for i, w in enumerate(rest) if w in ("--workdir", "--seeds")]  # not of the recipe
+        flags = [w for i, w in enumerate(rest) if i > 1 and i not in own and i - 1 not in own]
         monkeypatch.chdir(ROOT)
         runs.load_config(rest[1], [f for f in flags if f != "--help"])
     else:

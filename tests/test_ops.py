@@ -92,17 +92,52 @@ def test_attention_segment_by_hand():
     close(attention(q, k, v, segment=jnp.asarray(segment)), by_hand(q, k, v, same), 1e-5)
 
 
+def tree_row(T):
+    """A prompt, two branches and padding: (end, depth) [1, T]."""
+    at, P = np.arange(T), T // 3
+    end = np.where(at < P, T - 7, np.where(at < 2 * P, 2 * P, T - 7))
+    depth = np.where(at < 2 * P, at, at - P)
+    return tuple(jnp.asarray(np.where(at < T - 7, x, 0))[None] for x in (end, depth))
+
+
+@pytest.mark.parametrize("mask", ["end", "segment", "window"])
 @pytest.mark.parametrize(
-    "mask,T,long", [("end", 130, 200), ("end", 300, 200), ("segment", 300, 200)]
+    "impl,T,long", [("xla", 130, 200), ("xla", 300, 200), ("interpret", 300, 0)]
 )
-def test_attention_cut_into_runs_or_blocks_is_the_reference(monkeypatch, mask, T, long):
+def test_attention_in_every_way_is_the_reference(monkeypatch, mask, impl, T, long):
+    """In runs, in blocks, and by the kernel, with several tiles a row of which some are skipped."""
     monkeypatch.setattr(attention_module, "LONG", long)
+    monkeypatch.setattr(attention_module, "TILE", 128)
+    end, depth = tree_row(T)
+    if mask == "segment":
+        kwargs = dict(segment=jnp.asarray(np.arange(T) // 40 * (np.arange(T) < T - 7))[None])
+    else:
+        kwargs = dict(end=end) | (dict(depth=depth, window=50) if mask == "window" else {})
     q, k, v = heads(T)
-    at = np.arange(T)
-    end, segment = np.where((at < T // 2) | (at >= 100), T - 7, 100), at // 40
-    kwargs = {mask: jnp.asarray(end if mask == "end" else segment)[None]}
-    run = lambda f: value_and_gradient(lambda *x: f(*x, **kwargs), np.cos(q))(q, k, v)
-    close(run(attention), run(attention_ref), 1e-5)
+    run = lambda f, **more: value_and_gradient(lambda *x: f(*x, **kwargs, **more), np.cos(q))
+    close(run(attention, impl=impl)(q, k, v), run(attention_ref)(q, k, v), 1e-5)
+
+
+def test_attention_window_by_hand():
+    q, k, v = heads(24)
+    end, depth = tree_row(24)
+    sees = lambda b, i, j: j <= i < end[b, j] and depth[b, i] - depth[b, j] < 5
+    close(attention(q, k, v, end=end, depth=depth, window=5), by_hand(q, k, v, sees), 1e-5)
+
+
+def test_attention_kernel_visits_the_tiles_of_its_tree_alone():
+    """A prompt of 4 tiles and 8 branches of one: every branch sees the prompt and itself."""
+    size, P, G = 128, 4, 8
+    end = np.repeat([(P + G) * size] * P + [(P + 1 + g) * size for g in range(G)], size)
+    sight = attention_module._Sight(jnp.asarray(end)[None], None, None, 0)
+    shape = attention_module._Shape(True, 0, 1.0, size, True)
+    seen = attention_module._visible(*attention_module._facts(sight, len(end)), shape)
+    assert int(seen.sum()) == P * (P + 1) // 2 + G * (P + 1)
+    order, count = attention_module._table(seen)
+    order = np.asarray(order).reshape(P + G, P + G)
+    np.testing.assert_array_equal(count[P:], P + 1)
+    np.testing.assert_array_equal(order[P + 2, : P + 1], [0, 1, 2, 3, P + 2])
+    assert (order[P + 2, P + 1 :] == P + 2).all()  # nothing more is fetched
 
 
 def test_attention_long_rows_never_hold_every_logit(monkeypatch):
@@ -143,7 +178,9 @@ def test_attention_without_mask_and_bfloat16():
     "kwargs,message",
     [
         (dict(end=jnp.asarray(END), segment=jnp.asarray(END)), "not both"),
-        (dict(impl="pallas"), "no 'pallas'"),
+        (dict(impl="pallas"), "needs `end` or `segment`"),
+        (dict(window=3), "counted in depth along a tree"),
+        (dict(end=jnp.asarray(END), depth=jnp.asarray(END)), "window=0, depth and end"),
     ],
 )
 def test_attention_refuses(kwargs, message):
