@@ -1,4 +1,4 @@
-"""The local pipeline: its plan, how it goes on, and (slow) all of it in its small version."""
+"""The local pipeline: its plan, how it goes on, and all of it in its small version."""
 
 import json
 import subprocess
