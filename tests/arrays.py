@@ -1,0 +1,26 @@
+"""Arrays and comparisons the op tests share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def normal(seed, *shape):
+    """numpy's, which compiles nothing."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+
+
+def value_and_gradient(f, weight):
+    """(f, gradient of the sum of weight x f) at every argument, compiled once."""
+
+    def run(*x):
+        weigh = lambda *x: sum(
+            (w * y).sum() for w, y in zip(*map(jax.tree.leaves, (weight, f(*x))))
+        )
+        return f(*x), jax.grad(weigh, tuple(range(len(x))))(*x)
+
+    return jax.jit(run)
+
+
+def close(a, b, atol):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=1e-4), a, b)

@@ -1,0 +1,172 @@
+"""Attention in every implementation, against the reference and numbers by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from arrays import close, normal, value_and_gradient
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from jaxvid.ops import attention as attention_module
+from jaxvid.ops._choice import choose
+from jaxvid.ops.attention import attention, attention_ref, decode_attention
+
+
+def test_none_is_the_kernel_where_one_tpu_holds_the_arrays(monkeypatch):
+    assert choose(None) == "xla" and choose("pallas") == "pallas"
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert choose(None) == "xla"  # eight devices: the compiler cannot split a kernel
+    mesh, seen = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,)), []
+    inside = jax.shard_map(
+        lambda x: seen.append(choose(None)) or x, mesh=mesh, in_specs=P("x"), out_specs=P("x")
+    )
+    jax.eval_shape(inside, jnp.zeros(8))
+    assert seen == ["pallas"]
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert choose(None) == "pallas" and choose(None, fits=False) == "xla"
+
+
+# prompt 0..3, branches 4..5 and 6..8, a second tree 9..10 with branch 11, padding
+END = np.array([[9] * 4 + [6] * 2 + [9] * 3 + [12] * 3 + [0] * 4])
+
+
+def heads(T, N=4, K=2, H=8, B=1, seed=0):
+    return normal(seed, B, T, N, H), normal(seed + 1, B, T, K, H), normal(seed + 2, B, T, K, H)
+
+
+def by_hand(q, k, v, sees):
+    """One query and one head at a time, in numpy."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    y = np.zeros(q.shape)
+    for b, t, n in np.ndindex(q.shape[:3]):
+        j = [s for s in range(k.shape[1]) if sees(b, t, s)]
+        if j:
+            kv = n // (q.shape[2] // k.shape[2])
+            w = np.exp(k[b, j, kv] @ q[b, t, n] / np.sqrt(q.shape[-1]))
+            y[b, t, n] = w / w.sum() @ v[b, j, kv]
+    return y
+
+
+def test_attention_tree_by_hand():
+    q, k, v = heads(16)
+    want = by_hand(q, k, v, lambda b, i, j: j <= i < END[b, j])
+    close(attention(q, k, v, end=jnp.asarray(END)), want, 1e-5)
+    assert not want[0, 12:].any()  # padding
+
+
+def test_attention_segment_by_hand():
+    q, k, v = heads(9, B=2)
+    segment = np.array([[1, 1, 2, 2, 2, 1, 0, 0, 0], [3] * 9])
+    same = lambda b, i, j: segment[b, i] == segment[b, j] > 0
+    close(attention(q, k, v, segment=jnp.asarray(segment)), by_hand(q, k, v, same), 1e-5)
+
+
+def tree_row(T):
+    """A prompt, two branches and padding: (end, depth) [1, T]."""
+    at, P = np.arange(T), T // 3
+    end = np.where(at < P, T - 7, np.where(at < 2 * P, 2 * P, T - 7))
+    depth = np.where(at < 2 * P, at, at - P)
+    return tuple(jnp.asarray(np.where(at < T - 7, x, 0))[None] for x in (end, depth))
+
+
+@pytest.mark.parametrize("mask", ["end", "segment", "window"])
+@pytest.mark.parametrize(
+    "impl,T,long", [("xla", 130, 200), ("xla", 300, 200), ("interpret", 300, 0)]
+)
+def test_attention_in_every_way_is_the_reference(monkeypatch, mask, impl, T, long):
+    """In runs, in blocks, and by the kernel, with several tiles a row of which some are skipped."""
+    monkeypatch.setattr(attention_module, "LONG", long)
+    monkeypatch.setattr(attention_module, "TILE", 128)
+    end, depth = tree_row(T)
+    if mask == "segment":
+        kwargs = dict(segment=jnp.asarray(np.arange(T) // 40 * (np.arange(T) < T - 7))[None])
+    else:
+        kwargs = dict(end=end) | (dict(depth=depth, window=50) if mask == "window" else {})
+    q, k, v = heads(T)
+    run = lambda f, **more: value_and_gradient(lambda *x: f(*x, **kwargs, **more), np.cos(q))
+    close(run(attention, impl=impl)(q, k, v), run(attention_ref)(q, k, v), 1e-5)
+
+
+def test_attention_window_by_hand():
+    q, k, v = heads(24)
+    end, depth = tree_row(24)
+    sees = lambda b, i, j: j <= i < end[b, j] and depth[b, i] - depth[b, j] < 5
+    close(attention(q, k, v, end=end, depth=depth, window=5), by_hand(q, k, v, sees), 1e-5)
+
+
+def test_attention_kernel_visits_the_tiles_of_its_tree_alone():
+    """A prompt of 4 tiles and 8 branches of one: every branch sees the prompt and itself."""
+    size, P, G = 128, 4, 8
+    end = np.repeat([(P + G) * size] * P + [(P + 1 + g) * size for g in range(G)], size)
+    sight = attention_module._Sight(jnp.asarray(end)[None], None, None, 0)
+    shape = attention_module._Shape(True, 0, 1.0, size, True)
+    seen = attention_module._visible(*attention_module._facts(sight, len(end)), shape)
+    assert int(seen.sum()) == P * (P + 1) // 2 + G * (P + 1)
+    order, count = attention_module._table(seen)
+    order = np.asarray(order).reshape(P + G, P + G)
+    np.testing.assert_array_equal(count[P:], P + 1)
+    np.testing.assert_array_equal(order[P + 2, : P + 1], [0, 1, 2, 3, P + 2])
+    assert (order[P + 2, P + 1 :] == P + 2).all()  # nothing more is fetched
+
+
+def test_attention_long_rows_never_hold_every_logit(monkeypatch):
+    monkeypatch.setattr(attention_module, "LONG", 512)
+    q, k, v = heads(1024)
+    end = jnp.full((1, 1024), 1024)
+    grad = jax.make_jaxpr(jax.grad(lambda q: attention(q, k, v, end=end).sum()))(q)
+    assert "1024,1024]" not in str(grad)
+
+
+def test_attention_branches_of_a_tree_are_the_separate_sequences():
+    q, k, v = heads(16)
+    y = attention(q, k, v, end=jnp.asarray(END))
+    for branch in ([4, 5], [6, 7, 8]):
+        path = jnp.array([0, 1, 2, 3] + branch)
+        alone = attention(q[:, path], k[:, path], v[:, path], end=jnp.full((1, len(path)), 99))
+        close(y[:, path], alone, 1e-5)
+
+
+def test_attention_padding_has_no_gradient():
+    q, k, v = heads(16)
+    _, grads = value_and_gradient(lambda *x: attention(*x, end=jnp.asarray(END)), np.cos(q))(
+        q, k, v
+    )
+    assert all(np.isfinite(g).all() and not np.asarray(g)[0, 12:].any() for g in grads)
+
+
+def test_attention_without_mask_and_bfloat16():
+    q, k, v = heads(6)
+    close(attention(q, k, v), by_hand(q, k, v, lambda b, i, j: True), 1e-5)
+    half = attention(*(x.astype(jnp.bfloat16) for x in (q, k, v)), end=jnp.asarray(END[:, :6]))
+    assert half.dtype == jnp.bfloat16
+    whole = attention(q, k, v, end=jnp.asarray(END[:, :6]))
+    np.testing.assert_allclose(half.astype(jnp.float32), whole, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "kwargs,message",
+    [
+        (dict(end=jnp.asarray(END), segment=jnp.asarray(END)), "not both"),
+        (dict(impl="pallas"), "needs `end` or `segment`"),
+        (dict(window=3), "counted in depth along a tree"),
+        (dict(end=jnp.asarray(END), depth=jnp.asarray(END)), "window=0, depth and end"),
+    ],
+)
+def test_attention_refuses(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*heads(16), **kwargs)
+    with pytest.raises(ValueError, match="do not divide"):
+        attention(*heads(4, N=3))
+
+
+def test_decode_attention_is_the_last_query_of_each_branch():
+    B, G, N, K, H, P, R, step = 2, 3, 4, 2, 8, 5, 4, 2
+    q, (pk, pv) = normal(0, B, G, N, H), normal(1, 2, B, P, K, H)
+    bk, bv = normal(2, 2, B, G, R, K, H)
+    length = jnp.array([3, 5])
+    got = decode_attention(q, pk, pv, length, bk, bv, step)
+    join = lambda p, x, b, g: jnp.concatenate([p[b, : length[b]], x[b, g, : step + 1]])[None]
+    for b, g in np.ndindex(B, G):
+        want = attention(q[b : b + 1, g : g + 1], join(pk, bk, b, g), join(pv, bv, b, g))
+        close(got[b, g], want[0, 0], 1e-5)
