@@ -1,5 +1,7 @@
 """Logical axis names -> mesh axes. The only file that knows the mesh."""
 
+from collections.abc import Callable, Mapping, Sequence
+
 import jax
 import numpy as np
 from flax import nnx
@@ -91,3 +93,39 @@ def constrain(x: jax.Array, *axes: str | None, rules=RULES) -> jax.Array:
         return x
     names = P(*(None if a is None else rules[a] for a in axes))
     return jax.lax.with_sharding_constraint(x, names)
+
+
+def splits(sizes: Mapping[str, int], rules=RULES) -> dict[str, tuple[str, ...]]:
+    """The mesh axes over which dimensions of these logical names and sizes are split in the mesh in
+    context; none for one that does not divide, and none without a mesh or inside a shard_map."""
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def axes(name, size):
+        if mesh.empty or mesh.manual_axes or rules[name] is None:
+            return ()
+        named = rules[name] if isinstance(rules[name], tuple) else (rules[name],)
+        over = tuple(a for a in named if mesh.shape.get(a, 1) > 1)
+        return over if size % int(np.prod([mesh.shape[a] for a in over])) == 0 else ()
+
+    return {name: axes(name, size) for name, size in sizes.items()}
+
+
+def spread(
+    f: Callable,
+    ins: Sequence[Sequence[str | None]],
+    outs: Sequence[Sequence[str | None]] | Sequence[str | None],
+    placed: Mapping[str, tuple[str, ...]],
+) -> Callable:
+    """`f` run by each device on its own part of the arguments; `f` itself where there is no mesh.
+
+    `ins` and `outs` name the dimensions of each array, `placed` (from `splits`) says over which
+    mesh axes a name is split. An axis that no name is split over does the same work twice. What
+    crosses devices is what `f` itself sends.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes or mesh.size == 1:
+        return f
+    spec = lambda names: P(*(placed.get(n) or None for n in names))
+    many = lambda x: not all(n is None or isinstance(n, str) for n in x)
+    out_specs = tuple(map(spec, outs)) if many(outs) else spec(outs)
+    return jax.shard_map(f, in_specs=tuple(map(spec, ins)), out_specs=out_specs, check_vma=False)

@@ -5,18 +5,70 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from arrays import close, normal, value_and_gradient
+from jax.sharding import NamedSharding
 
-from jaxvid.ops.logprob import logprob, logprob_ref
+from jaxvid import sharding
+from jaxvid.ops import logprob as module
+from jaxvid.ops.logprob import kl, kl_ref, logprob, logprob_ref
+
+TARGETS = jnp.array([[0, 36, 30, 29, 7], [35, 6, 14, 20, 21]])
 
 
+@pytest.mark.parametrize("impl", ["xla", "interpret"])
+@pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("block,temperature", [(7, 0.7), (10, 1.0), (37, 0.7), (64, 1.0)])
-def test_logprob_in_blocks_is_the_reference(block, temperature):
-    hidden, unembed = normal(0, 2, 5, 16), normal(1, 37, 16)
-    targets = jnp.array([[0, 36, 30, 29, 7], [35, 6, 14, 20, 21]])
-    ours = lambda h, u: logprob(h, u, targets, temperature=temperature, block=block)
-    ref = lambda h, u: logprob_ref(h, u, targets, temperature)
+def test_logprob_in_blocks_is_the_reference(block, temperature, axis, impl):
+    hidden, unembed = normal(0, 2, 5, 128), normal(1, 37, 128) / 8
+    settings = dict(temperature=temperature, block=block, vocab_axis=axis, impl=impl)
+    ours = lambda h, u: logprob(h, u if axis == 0 else u.T, TARGETS, **settings)
+    ref = lambda h, u: logprob_ref(h, u, TARGETS, temperature)
     weight = tuple(normal(2, 2, 2, 5))
     close(*(value_and_gradient(f, weight)(hidden, unembed) for f in (ours, ref)), 1e-4)
+
+
+def test_logprob_kernel_over_several_tiles(monkeypatch):
+    """Three tiles of tokens, of words (the last one partial) and of width."""
+    for name in ("TOKENS", "WORDS", "WIDTH"):
+        monkeypatch.setattr(module, name, 128)
+    hidden, unembed = normal(0, 1, 300, 384), normal(1, 700, 384) / 8
+    targets = jnp.arange(300)[None] * 7 % 700
+    ours = lambda h, u: logprob(h, u, targets, block=350, impl="interpret")
+    ref = lambda h, u: logprob_ref(h, u, targets)
+    weight = tuple(normal(2, 2, 1, 300))
+    close(*(value_and_gradient(f, weight)(hidden, unembed) for f in (ours, ref)), 1e-4)
+
+
+MESHES = [(1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)]
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("impl", ["xla", "interpret"])
+def test_logprob_on_a_mesh_is_that_on_one_device(shape, impl):
+    """Rows over replica and fsdp, the table's width over fsdp, the vocabulary over tensor."""
+    mesh = sharding.make_mesh(*shape)
+    hidden, unembed = normal(0, 8, 3, 128), normal(1, 48, 128) / 8
+    targets, weight = jnp.arange(24).reshape(8, 3) * 2, tuple(normal(2, 2, 8, 3))
+    ours = lambda h, u: logprob(h, u, targets, block=5, impl=impl)
+    want = value_and_gradient(lambda h, u: logprob_ref(h, u, targets), weight)(hidden, unembed)
+    with jax.set_mesh(mesh):
+        place = lambda x, *names: jax.device_put(x, NamedSharding(mesh, sharding.spec(names)))
+        rows, table = place(hidden, "rows"), place(unembed, "vocab", "embed")
+        run = value_and_gradient(ours, weight)
+        close(run(rows, table), want, 1e-4)
+        text = run.lower(rows, table).compile().as_text()
+    assert "f32[48,128]" not in text or shape == (1, 1, 8)  # the table is never whole
+
+
+def test_kl_is_the_reference():
+    hidden, other, unembed = normal(0, 8, 5, 16), normal(3, 8, 5, 16), normal(1, 40, 16)
+    want = kl_ref(hidden, other, unembed, 0.7)
+    close(kl(hidden, other, unembed, temperature=0.7, block=7), want, 1e-5)
+    close(kl(hidden, other, unembed.T, temperature=0.7, block=64, vocab_axis=1), want, 1e-5)
+    close(kl(hidden, hidden, unembed), jnp.zeros((8, 5)), 1e-6)
+    with jax.set_mesh(sharding.make_mesh(2, 2, 2)):
+        run = jax.jit(lambda *x: kl(*x, temperature=0.7, block=7))
+        close(run(hidden, other, unembed), want, 1e-5)
+        assert not jax.grad(lambda h: run(h, other, unembed).sum())(hidden).any()
 
 
 def test_logprob_of_a_uniform_table():
@@ -44,5 +96,7 @@ def test_logprob_refuses():
     args = normal(0, 1, 2, 4), normal(1, 8, 4), jnp.zeros((1, 2), jnp.int32)
     with pytest.raises(ValueError, match="temperature above 0"):
         logprob(*args, temperature=0.0)
-    with pytest.raises(ValueError, match="no 'interpret'"):
+    with pytest.raises(ValueError, match="divisible by 128"):
         logprob(*args, impl="interpret")
+    with pytest.raises(ValueError, match="do not meet; set vocab_axis"):
+        logprob(*args, vocab_axis=1)

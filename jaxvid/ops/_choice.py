@@ -7,13 +7,20 @@ import jax
 Impl = Literal["xla", "pallas", "interpret"]
 
 
-def choose(impl: Impl | None, fits: bool = True) -> Impl:
-    """Pallas on a TPU where the shape fits and one device holds the arrays, else XLA.
+def platform() -> str:
+    """Of the devices of the mesh in context, which need not be here (compiling ahead of time);
+    without a mesh, of this machine."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
-    The compiler cannot split a kernel over devices: outside shard_map it would gather its operands.
+
+def choose(impl: Impl | None, fits: bool = True) -> Impl:
+    """Pallas on TPUs where the shape fits, else XLA.
+
+    Several devices need a mesh in context, over which an op spreads its kernel: the compiler cannot
+    split a kernel by itself.
     """
     if impl is not None:
         return impl
-    mesh = jax.sharding.get_abstract_mesh()
-    alone = jax.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual)
-    return "pallas" if jax.default_backend() == "tpu" and fits and alone else "xla"
+    placed = jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
+    return "pallas" if platform() == "tpu" and fits and placed else "xla"

@@ -4,17 +4,28 @@
     entropy = lse(z) - sum_v p_v z_v
 
 The vocabulary is walked in blocks, forward and backward, so that [B, S, V] is never in memory: the
-backward pass recomputes each block from the kept lse. In order: reference, walk, derivative, public
-function.
+backward pass recomputes each block from the kept lse. On a mesh each device walks the rows it has:
+a block of the table is gathered over its width as it is needed, and the block's gradient is
+scattered back at once, so that the whole table is never on one device; where the vocabulary is
+split over devices, each walks its own part and one small collective joins them.
+In order: reference, kernels, a block, the walk, derivative, public functions.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from jaxvid.ops._choice import Impl
+from jaxvid import sharding
+from jaxvid.ops._choice import Impl, choose
+
+TOKENS, WORDS, WIDTH = 1024, 512, 1024  # most scored tokens, words and width of one kernel step
+LANES, SUBLANES = 128, 8  # of a TPU register of 32 bits
+LOWEST = -1e30  # finite: exp(LOWEST - LOWEST) is no NaN
 
 
 def logprob_ref(
@@ -29,102 +40,399 @@ def logprob_ref(
     return logp, -(jnp.exp(every) * every).sum(-1)
 
 
-def _logits(hidden, unembed, temperature):
-    """float32: a bf16 logit of 20 is off by up to 1/16, and so would be its log-prob."""
-    unembed = unembed.astype(hidden.dtype)
-    z = jnp.einsum("BSD,VD->BSV", hidden, unembed, preferred_element_type=jnp.float32)
-    return z / temperature
+def kl_ref(
+    hidden: Float[Array, "B S D"],
+    other: Float[Array, "B S D"],
+    unembed: Float[Array, "V D"],
+    temperature: float = 1.0,
+) -> Float[Array, "B S"]:
+    """The definition of `kl`, in XLA, with all of [B, S, V] in memory."""
+    p, q = (jax.nn.log_softmax(_logits(x, unembed, temperature)) for x in (hidden, other))
+    return (jnp.exp(p) * (p - q)).sum(-1)
 
 
-def _block(unembed, i, size):
-    """Block i of the table, and which of its rows no earlier block had: the last block is moved
-    back to end with the table, since padding would copy a table of gigabytes."""
-    start = jnp.minimum(i * size, unembed.shape[0] - size)
-    rows = start + jnp.arange(size)
-    return jax.lax.dynamic_slice_in_dim(unembed, start, size), start, rows, rows >= i * size
+def _logits(hidden, words, temperature):
+    """[..., V]. At least float32: a bf16 logit of 20 is off by up to 1/16, and so its log-prob."""
+    exact = jnp.promote_types(hidden.dtype, jnp.float32)
+    words = words.astype(hidden.dtype)
+    return jnp.einsum("...D,VD->...V", hidden, words, preferred_element_type=exact) / temperature
 
 
-def _walk(hidden, unembed, targets, temperature, size):
-    """lse(z), sum_v p_v z_v and z_target, each [B, S]."""
-    blocks = -(-unembed.shape[0] // size)
+class _Plan(NamedTuple):
+    """The static part: what to compute, and the mesh axes over which rows, vocabulary and width
+    of the table are split."""
 
-    def step(carry, i):
-        top, total, weighted, target = carry
-        w, _, rows, new = _block(unembed, i, size)
-        z = _logits(hidden, w, temperature)
-        z_new = jnp.where(new[None, None], z, -jnp.inf)
-        higher = jnp.maximum(top, z_new.max(-1))
-        p = jnp.exp(z_new - higher[..., None])
-        shrink = jnp.exp(top - higher)
-        hit = (rows[None, None] == targets[..., None]) & new[None, None]
-        return (
-            higher,
-            total * shrink + p.sum(-1),
-            weighted * shrink + (p * z).sum(-1),
-            target + jnp.where(hit, z, 0.0).sum(-1),
-        ), None
+    temperature: float
+    block: int
+    axis: int  # of the table, that of the vocabulary
+    impl: Impl
+    rows: tuple[str, ...] = ()
+    vocab: tuple[str, ...] = ()
+    width: tuple[str, ...] = ()
 
-    zero = jnp.zeros(hidden.shape[:2], jnp.float32)
-    start = (jnp.full_like(zero, -jnp.inf), zero, zero, zero)
-    (top, total, weighted, target), _ = jax.lax.scan(step, start, jnp.arange(blocks))
-    return top + jnp.log(total), weighted / total, target
+    @property
+    def placed(self):
+        return {"rows": self.rows, "vocab": self.vocab, "embed": self.width}
+
+    @property
+    def table(self):
+        return ("vocab", "embed") if self.axis == 0 else ("embed", "vocab")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _xla(hidden, unembed, targets, temperature, size):
-    return _xla_fwd(hidden, unembed, targets, temperature, size)[0]
+class _Sums(NamedTuple):
+    """Of the words walked so far, for each scored token; `words` is one block's stretch of them."""
 
+    top: Array  # largest logit
+    total: Array  # sum of exp(z - top)
+    weighted: Array  # sum of exp(z - top) z, or times z - z' where two streams are compared
+    target: Array  # logit of the target, 0 if not met yet
 
-def _xla_fwd(hidden, unembed, targets, temperature, size):
-    lse, mean, target = _walk(hidden, unembed, targets, temperature, size)
-    return (target - lse, lse - mean), (hidden, unembed, targets, lse, mean)
-
-
-def _xla_bwd(temperature, size, kept, grads):
-    hidden, unembed, targets, lse, mean = kept
-    d_logp, d_entropy = (g[..., None] for g in grads)
-
-    def step(carry, i):
-        d_hidden, d_unembed = carry
-        w, start, rows, new = _block(unembed, i, size)
-        z = _logits(hidden, w, temperature)
-        p = jnp.exp(z - lse[..., None])
-        hit = rows[None, None] == targets[..., None]
-        # d logp / dz = onehot - p;  d entropy / dz = -p (z - sum p z)
-        dz = d_logp * (hit - p) - d_entropy * p * (z - mean[..., None])
-        dz = (jnp.where(new[None, None], dz, 0.0) / temperature).astype(hidden.dtype)
-        d_hidden += jnp.einsum(
-            "BSV,VD->BSD", dz, w.astype(hidden.dtype), preferred_element_type=jnp.float32
+    def join(self, new: "_Sums") -> "_Sums":
+        top = jnp.maximum(self.top, new.top)
+        a, b = jnp.exp(self.top - top), jnp.exp(new.top - top)
+        return _Sums(
+            top,
+            self.total * a + new.total * b,
+            self.weighted * a + new.weighted * b,
+            self.target + new.target,
         )
-        d_w = jnp.einsum("BSV,BSD->VD", dz, hidden, preferred_element_type=jnp.float32)
-        d_w = d_w.astype(unembed.dtype) + jax.lax.dynamic_slice_in_dim(d_unembed, start, size)
-        return (d_hidden, jax.lax.dynamic_update_slice_in_dim(d_unembed, d_w, start, 0)), None
-
-    blocks = -(-unembed.shape[0] // size)
-    zeros = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(unembed))
-    (d_hidden, d_unembed), _ = jax.lax.scan(step, zeros, jnp.arange(blocks))
-    return d_hidden.astype(hidden.dtype), d_unembed, None
 
 
-_xla.defvjp(_xla_fwd, _xla_bwd)
+# ---- kernels
+#
+# Logits are held transposed, [words, tokens], so that what belongs to a token is a row of lanes.
+# The width is walked in the innermost step and its products summed in fast memory; the logits of a
+# tile never leave it. The gradient's kernel writes that of the logits of one block, in the hidden
+# states' type: the two products that follow are plain ones, which the compiler does as well.
+
+
+def _products(w, x, sums):
+    """Adds this step's part of the width to the logits; whether they are complete."""
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        sums[...] = jnp.zeros(sums.shape, jnp.float32)
+
+    dims = (((1,), (1,)), ((), ()))
+    sums[...] += jax.lax.dot_general(w[...], x[...], dims, preferred_element_type=jnp.float32)
+    return pl.program_id(2) == pl.num_programs(2) - 1
+
+
+def _words(at, tile, shape):
+    """The word of each row of a tile, and which rows no earlier block had."""
+    row = tile * shape[0] + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    return row + at[0], (row >= at[1]) & (row < at[2])
+
+
+def _sums_kernel(at, w, x, target, out, sums, *, scale):
+    tile = pl.program_id(1)
+
+    @pl.when((tile == 0) & (pl.program_id(2) == 0))
+    def _():
+        out[...] = jnp.zeros(out.shape, jnp.float32)
+        out[:1] = jnp.full((1, out.shape[1]), LOWEST, jnp.float32)
+
+    @pl.when(_products(w, x, sums))
+    def _():
+        z = sums[...] * scale
+        word, new = _words(at, tile, z.shape)
+        seen = jnp.where(new, z, LOWEST)
+        top = jnp.maximum(out[:1], seen.max(0, keepdims=True))
+        p = jnp.where(new, jnp.exp(seen - top), 0.0)
+        shrink = jnp.exp(out[:1] - top)
+        out[1:2] = out[1:2] * shrink + p.sum(0, keepdims=True)
+        out[2:3] = out[2:3] * shrink + (p * z).sum(0, keepdims=True)
+        out[3:4] += jnp.where((word == target[:1]) & new, z, 0.0).sum(0, keepdims=True)
+        out[:1] = top
+
+
+def _gradient_kernel(at, w, x, target, rows, out, sums, *, scale):
+    tile = pl.program_id(1)
+
+    @pl.when(_products(w, x, sums))
+    def _():
+        z = sums[...] * scale
+        word, new = _words(at, tile, z.shape)
+        lse, mean, d_logp, d_entropy = (rows[i : i + 1] for i in range(4))
+        p = jnp.exp(z - lse)
+        hit = jnp.where(word == target[:1], 1.0, 0.0)
+        dz = d_logp * (hit - p) - d_entropy * p * (z - mean)
+        out[...] = (jnp.where(new, dz, 0.0) * scale).astype(out.dtype)
+
+
+def _tile(size, most, of):
+    """The largest multiple of `of` up to `most` that divides `size`; `of` where none does."""
+    return max((t for t in range(of, min(size, most) + 1, of) if size % t == 0), default=of)
+
+
+def _launch(kernel, words, hidden, rows, at, plan, out):
+    """One kernel over tiles of (tokens, words, width). `rows` are facts of tokens [n, S]; `out` is
+    "rows" [8, S] or "logits" [words, S]."""
+    (V, D), S = words.shape, hidden.shape[0]
+    tokens = min(TOKENS, -(-S // LANES) * LANES)
+    count, width = min(WORDS, -(-V // LANES) * LANES), _tile(D, WIDTH, LANES)
+    pad = lambda x, n, axis: jnp.pad(x, [(0, n if i == axis else 0) for i in range(x.ndim)])
+    words, hidden = pad(words, -V % count, 0), pad(hidden, -S % tokens, 0)
+    rows = [pad(pad(x, SUBLANES - len(x), 0), -S % tokens, 1) for x in rows]
+    grid = (hidden.shape[0] // tokens, words.shape[0] // count, D // width)
+    fact = pl.BlockSpec((SUBLANES, tokens), lambda s, v, d, at: (0, s))
+    logits = pl.BlockSpec((count, tokens), lambda s, v, d, at: (v, s))
+    whole = (SUBLANES if out == "rows" else words.shape[0], hidden.shape[0])
+    result = pl.pallas_call(
+        functools.partial(kernel, scale=1 / plan.temperature),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=grid,
+            in_specs=[
+                pl.BlockSpec((count, width), lambda s, v, d, at: (v, d)),
+                pl.BlockSpec((tokens, width), lambda s, v, d, at: (s, d)),
+                *[fact] * len(rows),
+            ],
+            out_specs=fact if out == "rows" else logits,
+            scratch_shapes=[pltpu.VMEM((count, tokens), jnp.float32)],
+        ),
+        out_shape=jax.ShapeDtypeStruct(whole, jnp.float32 if out == "rows" else hidden.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary")
+        ),
+        interpret=plan.impl == "interpret",
+    )(jnp.stack([*at, jnp.int32(V)]).astype(jnp.int32), words, hidden, *rows)
+    return result[:4, :S] if out == "rows" else result[:V, :S]
+
+
+# ---- a block of words: [words, D] against hidden states [S, D]; `at` is (id of its first word,
+# first row that no earlier block had)
+
+
+def _block_sums(words, hidden, targets, at, plan):
+    if plan.impl != "xla":
+        return _Sums(*_launch(_sums_kernel, words, hidden, [targets[None]], at, plan, "rows"))
+    z = _logits(hidden, words, plan.temperature)
+    row = jnp.arange(words.shape[0])
+    new = (row >= at[1])[None]
+    seen = jnp.where(new, z, LOWEST)
+    top = seen.max(-1)
+    p = jnp.where(new, jnp.exp(seen - top[:, None]), 0.0)
+    hit = ((row + at[0])[None] == targets[:, None]) & new
+    return _Sums(top, p.sum(-1), (p * z).sum(-1), jnp.where(hit, z, 0.0).sum(-1))
+
+
+def _block_gradient(words, hidden, targets, rows, at, plan):
+    """(gradient of the hidden states [S, D], of the block [words, D]), both at least float32.
+    `rows` [4, S]: lse, mean logit, and the gradients of log-prob and entropy."""
+    exact = jnp.promote_types(hidden.dtype, jnp.float32)
+    dot = functools.partial(jnp.einsum, preferred_element_type=exact)
+    if plan.impl != "xla":
+        args = (words, hidden, [targets[None], rows], at, plan, "logits")
+        dz = _launch(_gradient_kernel, *args)
+        return dot("VS,VD->SD", dz, words), dot("VS,SD->VD", dz, hidden)
+    z = _logits(hidden, words, plan.temperature)
+    lse, mean, d_logp, d_entropy = (x[:, None] for x in rows)
+    p = jnp.exp(z - lse)
+    row = jnp.arange(words.shape[0])
+    hit = (row + at[0])[None] == targets[:, None]
+    dz = d_logp * (hit - p) - d_entropy * p * (z - mean)
+    dz = (jnp.where((row >= at[1])[None], dz, 0.0) / plan.temperature).astype(hidden.dtype)
+    return dot("SV,VD->SD", dz, words.astype(hidden.dtype)), dot("SV,SD->VD", dz, hidden)
+
+
+# ---- the walk, on one device's part of the arrays
+
+
+def _blocks(table, plan):
+    """(number of blocks, block i as [words, D] with its place). The last block is moved back to end
+    with the table, since padding would copy a table of gigabytes."""
+    count = table.shape[plan.axis]
+    size = min(plan.block, count)
+    first = jax.lax.axis_index(plan.vocab) * count if plan.vocab else 0
+
+    def block(i, dtype):
+        start = jnp.minimum(i * size, count - size)
+        words = jax.lax.dynamic_slice_in_dim(table, start, size, plan.axis).astype(dtype)
+        if plan.width:
+            words = jax.lax.all_gather(words, plan.width, axis=1 - plan.axis, tiled=True)
+        words = words if plan.axis == 0 else words.T
+        return words, (first + start, i * size - start), start
+
+    return -(-count // size), block
+
+
+def _over_vocab(sums, plan):
+    """Joins what the devices found in their parts of the vocabulary: 4 numbers a token."""
+    if not plan.vocab:
+        return sums
+    parts = jax.lax.all_gather(jnp.stack(sums), plan.vocab)
+    return functools.reduce(_Sums.join, [_Sums(*part) for part in parts])
+
+
+def _start(hidden):
+    zero = jnp.zeros(hidden.shape[0], jnp.promote_types(hidden.dtype, jnp.float32))
+    return _Sums(zero + LOWEST, zero, zero, zero)
+
+
+def _forward(hidden, table, targets, plan):
+    """lse(z), sum_v p_v z_v and z_target, each [B, S]."""
+    shape, hidden, targets = targets.shape, hidden.reshape(-1, hidden.shape[-1]), targets.ravel()
+    count, block = _blocks(table, plan)
+
+    def step(sums, i):
+        words, at, _ = block(i, hidden.dtype)
+        return sums.join(_block_sums(words, hidden, targets, at, plan)), None
+
+    sums = jax.lax.scan(step, _start(hidden), jnp.arange(count))[0]
+    sums = _over_vocab(sums, plan)
+    lse = sums.top + jnp.log(sums.total)
+    return tuple(x.reshape(shape) for x in (lse, sums.weighted / sums.total, sums.target))
+
+
+def _backward(hidden, table, targets, lse, mean, d_logp, d_entropy, plan):
+    shape, hidden = hidden.shape, hidden.reshape(-1, hidden.shape[-1])
+    rows = jnp.stack([x.ravel() for x in (lse, mean, d_logp, d_entropy)])
+    count, block = _blocks(table, plan)
+
+    def step(carry, i):
+        d_hidden, d_table = carry
+        words, at, start = block(i, hidden.dtype)
+        d_x, d_w = _block_gradient(words, hidden, targets.ravel(), rows, at, plan)
+        d_w = d_w if plan.axis == 0 else d_w.T
+        if plan.width:
+            d_w = jax.lax.psum_scatter(d_w, plan.width, scatter_dimension=1 - plan.axis, tiled=True)
+        old = jax.lax.dynamic_slice_in_dim(d_table, start, words.shape[0], plan.axis)
+        d_w = old + d_w.astype(d_table.dtype)
+        d_table = jax.lax.dynamic_update_slice_in_dim(d_table, d_w, start, plan.axis)
+        return (d_hidden + d_x, d_table), None
+
+    zeros = (jnp.zeros(hidden.shape, rows.dtype), jnp.zeros_like(table))
+    (d_hidden, d_table), _ = jax.lax.scan(step, zeros, jnp.arange(count))
+    if plan.vocab:
+        d_hidden = jax.lax.psum(d_hidden, plan.vocab)
+    if rest := tuple(a for a in plan.rows if a not in plan.width):
+        d_table = jax.lax.psum(d_table, rest)
+    return d_hidden.reshape(shape).astype(hidden.dtype), d_table
+
+
+def _kl(hidden, other, table, plan):
+    """One walk for both streams, [B, S]; sum_v p_v (z_v - z'_v) - lse(z) + lse(z')."""
+    shape = hidden.shape[:2]
+    p, q = (x.reshape(-1, x.shape[-1]) for x in (hidden, other))
+    count, block = _blocks(table, plan)
+
+    def step(sums, i):
+        words, at, _ = block(i, p.dtype)
+        z, y = (_logits(x, words, plan.temperature) for x in (p, q))
+        new = (jnp.arange(words.shape[0]) >= at[1])[None]
+
+        def of(z, weight):
+            seen = jnp.where(new, z, LOWEST)
+            top = seen.max(-1)
+            e = jnp.where(new, jnp.exp(seen - top[:, None]), 0.0)
+            return _Sums(top, e.sum(-1), (e * weight).sum(-1), jnp.zeros_like(top))
+
+        return tuple(a.join(b) for a, b in zip(sums, (of(z, z - y), of(y, y)))), None
+
+    sums = jax.lax.scan(step, (_start(p), _start(q)), jnp.arange(count))[0]
+    a, b = (_over_vocab(s, plan) for s in sums)
+    lse = lambda s: s.top + jnp.log(s.total)
+    return jnp.maximum(a.weighted / a.total - lse(a) + lse(b), 0.0).reshape(shape)
+
+
+# ---- derivative
+
+_HIDDEN, _ROW = ("rows", None, None), ("rows", None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _logprob(hidden, table, targets, plan):
+    return _logprob_fwd(hidden, table, targets, plan)[0]
+
+
+def _logprob_fwd(hidden, table, targets, plan):
+    run = sharding.spread(
+        lambda *x: _forward(*x, plan), (_HIDDEN, plan.table, _ROW), (_ROW,) * 3, plan.placed
+    )
+    lse, mean, target = run(hidden, table, targets)
+    return (target - lse, lse - mean), (hidden, table, targets, lse, mean)
+
+
+def _logprob_bwd(plan, kept, grads):
+    run = sharding.spread(
+        lambda *x: _backward(*x, plan),
+        (_HIDDEN, plan.table, *(_ROW,) * 5),
+        (_HIDDEN, plan.table),
+        plan.placed,
+    )
+    return *run(*kept, *grads), None
+
+
+_logprob.defvjp(_logprob_fwd, _logprob_bwd)
+
+
+# ---- public functions
+
+
+def _plan(hidden, unembed, axis, temperature, block, impl):
+    if temperature <= 0:
+        raise ValueError(f"logprob needs a temperature above 0, got {temperature}")
+    if axis not in (0, 1) or unembed.shape[1 - axis] != hidden.shape[-1]:
+        raise ValueError(
+            f"hidden states of width {hidden.shape[-1]} and a table {unembed.shape} whose axis "
+            f"{axis} is the vocabulary do not meet; set vocab_axis to 0 for [V, D], 1 for [D, V]"
+        )
+    impl = choose(impl, hidden.shape[-1] % LANES == 0)
+    if impl != "xla" and hidden.shape[-1] % LANES:
+        raise ValueError(
+            f"the logprob kernel needs a width divisible by {LANES}, got {hidden.shape[-1]}"
+        )
+    sizes = {
+        "rows": hidden.shape[0],
+        "vocab": unembed.shape[axis],
+        "embed": unembed.shape[1 - axis],
+    }
+    on = sharding.splits(sizes)
+    width = on["embed"] if set(on["embed"]) <= set(on["rows"]) else ()
+    return _Plan(temperature, block, axis, impl, on["rows"], on["vocab"], width)
 
 
 def logprob(
     hidden: Float[Array, "B S D"],
-    unembed: Float[Array, "V D"],
+    unembed: Float[Array, "a b"],
     targets: Int[Array, "B S"],
     *,
     temperature: float = 1.0,
     block: int = 8192,
+    vocab_axis: int = 0,
     impl: Impl | None = None,
 ) -> tuple[Float[Array, "B S"], Float[Array, "B S"]]:
-    """Log-prob of `targets` and entropy, float32, under softmax(hidden . unembed / temperature).
+    """Log-prob of `targets` and entropy, at least float32, under
+    softmax(hidden . unembed / temperature).
 
-    `block` is the number of vocabulary rows in memory at a time. `impl=None` is XLA everywhere;
-    there is no Pallas kernel.
+    `unembed` is [V, D], or [D, V] with `vocab_axis=1`. `block` is the number of words in memory at
+    a time. Gradients flow to `hidden` and `unembed`, in their own types. On a mesh, rows and table
+    are split as `sharding.RULES` says. `impl=None` is Pallas on TPUs where the width fits, else
+    XLA. Raises ValueError for a temperature of 0 and for a table that does not fit.
     """
-    if temperature <= 0:
-        raise ValueError(f"logprob needs a temperature above 0, got {temperature}")
-    if impl not in (None, "xla"):
-        raise ValueError(f"logprob has no {impl!r} implementation; use impl='xla' or None")
-    return _xla(hidden, unembed, targets, temperature, min(block, unembed.shape[0]))
+    return _logprob(
+        hidden, unembed, targets, _plan(hidden, unembed, vocab_axis, temperature, block, impl)
+    )
+
+
+def kl(
+    hidden: Float[Array, "B S D"],
+    other: Float[Array, "B S D"],
+    unembed: Float[Array, "a b"],
+    *,
+    temperature: float = 1.0,
+    block: int = 8192,
+    vocab_axis: int = 0,
+) -> Float[Array, "B S"]:
+    """KL(P || Q) at each token, over the whole vocabulary, of the distributions that two streams of
+    hidden states give under one table: eq. of step selection in https://arxiv.org/abs/2502.11775.
+
+    Both are walked together, in blocks of words. Data: no gradient flows. XLA on every platform.
+    """
+    hidden, other, unembed = jax.lax.stop_gradient((hidden, other, unembed))
+    plan = _plan(hidden, unembed, vocab_axis, temperature, block, "xla")
+    run = sharding.spread(
+        lambda *x: _kl(*x, plan), (_HIDDEN, _HIDDEN, plan.table), _ROW, plan.placed
+    )
+    return run(hidden, other, unembed)
