@@ -8,11 +8,14 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+Names = tuple[str | None, ...]  # logical names of an array's dimensions; None is not split
+
 AXES = ("replica", "fsdp", "tensor")
 
 # Weights W[D_fsdp, F_tensor]; activations x[B_(replica, fsdp), T, D]. An axis absent is an error.
 RULES = {
     "rows": ("replica", "fsdp"),
+    "tokens": "context",
     "embed": "fsdp",
     "ffn": "tensor",
     "heads": "tensor",
@@ -110,15 +113,22 @@ def splits(sizes: Mapping[str, int], rules=RULES) -> dict[str, tuple[str, ...]]:
     return {name: axes(name, size) for name, size in sizes.items()}
 
 
+def ways(axes: tuple[str, ...]) -> int:
+    """Into how many parts the mesh in context splits what lies over these mesh axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return int(np.prod([mesh.shape[a] for a in axes]))
+
+
 def spread(
     f: Callable,
-    ins: Sequence[Sequence[str | None]],
-    outs: Sequence[Sequence[str | None]] | Sequence[str | None],
+    ins: Sequence[Names],
+    outs: Sequence[Names] | Names,
     placed: Mapping[str, tuple[str, ...]],
 ) -> Callable:
     """`f` run by each device on its own part of the arguments; `f` itself where there is no mesh.
 
-    `ins` and `outs` name the dimensions of each array, `placed` (from `splits`) says over which
+    `ins` and `outs` name the dimensions of each array (or of every array of an argument that is a
+    tree of them), `placed` (from `splits`) says over which
     mesh axes a name is split. An axis that no name is split over does the same work twice. What
     crosses devices is what `f` itself sends.
     """

@@ -6,23 +6,20 @@ import numpy as np
 import pytest
 from arrays import close, normal, value_and_gradient
 from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
+from jaxvid import sharding
+from jaxvid.ops import _flash
 from jaxvid.ops import attention as attention_module
 from jaxvid.ops._choice import choose
 from jaxvid.ops.attention import attention, attention_ref, decode_attention
 
 
-def test_none_is_the_kernel_where_one_tpu_holds_the_arrays(monkeypatch):
+def test_none_is_the_kernel_on_tpus(monkeypatch):
     assert choose(None) == "xla" and choose("pallas") == "pallas"
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert choose(None) == "xla"  # eight devices: the compiler cannot split a kernel
-    mesh, seen = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,)), []
-    inside = jax.shard_map(
-        lambda x: seen.append(choose(None)) or x, mesh=mesh, in_specs=P("x"), out_specs=P("x")
-    )
-    jax.eval_shape(inside, jnp.zeros(8))
-    assert seen == ["pallas"]
+    assert choose(None) == "xla"  # eight devices and no mesh: the compiler cannot split a kernel
+    with jax.set_mesh(sharding.make_mesh()):
+        assert choose(None) == "xla"  # the mesh's devices are CPUs, whatever this machine has
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert choose(None) == "pallas" and choose(None, fits=False) == "xla"
 
@@ -77,7 +74,7 @@ def tree_row(T):
 def test_attention_in_every_way_is_the_reference(monkeypatch, mask, impl, T, long):
     """In runs, in blocks, and by the kernel, with several tiles a row of which some are skipped."""
     monkeypatch.setattr(attention_module, "LONG", long)
-    monkeypatch.setattr(attention_module, "TILE", 128)
+    monkeypatch.setattr(_flash, "TILE", 128)
     end, depth = tree_row(T)
     if mask == "segment":
         kwargs = dict(segment=jnp.asarray(np.arange(T) // 40 * (np.arange(T) < T - 7))[None])
@@ -99,15 +96,53 @@ def test_attention_kernel_visits_the_tiles_of_its_tree_alone():
     """A prompt of 4 tiles and 8 branches of one: every branch sees the prompt and itself."""
     size, P, G = 128, 4, 8
     end = np.repeat([(P + G) * size] * P + [(P + 1 + g) * size for g in range(G)], size)
-    sight = attention_module._Sight(jnp.asarray(end)[None], None, None, 0)
-    shape = attention_module._Shape(True, 0, 1.0, size, True)
-    seen = attention_module._visible(*attention_module._facts(sight, len(end)), shape)
+    index = jnp.arange(len(end))[None]
+    facts = _flash.Facts(index, jnp.asarray(end)[None])
+    shape = _flash._Shape(True, 0, 1.0, size, True)
+    seen = _flash._visible(*_flash._facts(facts, facts, len(end), len(end)), shape)
     assert int(seen.sum()) == P * (P + 1) // 2 + G * (P + 1)
-    order, count = attention_module._table(seen)
+    order, count = _flash._table(seen)
     order = np.asarray(order).reshape(P + G, P + G)
     np.testing.assert_array_equal(count[P:], P + 1)
     np.testing.assert_array_equal(order[P + 2, : P + 1], [0, 1, 2, 3, P + 2])
     assert (order[P + 2, P + 1 :] == P + 2).all()  # nothing more is fetched
+
+
+MESHES = {
+    "rows and heads": ((4, 2), ("fsdp", "tensor")),
+    "more devices than kv heads": ((2, 4), ("fsdp", "tensor")),
+    "context": ((2, 2, 2), ("fsdp", "context", "tensor")),
+    "rows that do not divide": ((8,), ("fsdp",)),
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("impl", ["xla", "interpret"])
+@pytest.mark.parametrize("mask", ["window", "segment"])
+def test_attention_on_a_mesh_is_that_on_one_device(mesh, impl, mask, monkeypatch):
+    """Over `context` the tokens of a row lie on devices in another order, and carry their index."""
+    monkeypatch.setattr(_flash, "TILE", 128)
+    monkeypatch.setattr(attention_module, "LONG", 200)
+    T, order = 256, np.arange(256)
+    end, depth = (x.repeat(4, 0) for x in tree_row(T))
+    q, k, v = heads(T, B=4)
+    facts = dict(end=end, depth=depth, index=np.arange(T)[None].repeat(4, 0))
+    if mask == "segment":
+        facts = dict(segment=np.arange(T)[None].repeat(4, 0) // 40)
+    elif mesh == "context":
+        order = order.reshape(8, 32)[[0, 3, 4, 7, 1, 2, 5, 6]].ravel()
+    static = dict(window=50) if mask == "window" else {}
+    reference = {name: jnp.asarray(x) for name, x in facts.items() if name != "index"}
+    want = value_and_gradient(lambda *x: attention_ref(*x, **reference, **static), np.cos(q))(
+        q, k, v
+    )
+    facts = {name: jnp.asarray(x[:, order]) for name, x in facts.items()}
+    shape, axes = MESHES[mesh]
+    with jax.set_mesh(jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes))):
+        got = value_and_gradient(
+            lambda *x: attention(*x, **facts, **static, impl=impl), np.cos(q)[:, order]
+        )(*(x[:, order] for x in (q, k, v)))
+    close(got, jax.tree.map(lambda x: x[:, order], want), 1e-5)
 
 
 def test_attention_long_rows_never_hold_every_logit(monkeypatch):

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from jaxvid import sharding
 from jaxvid.ops._choice import Impl, choose
 
 BLOCK_T = 128  # tokens per kernel step
@@ -101,7 +102,10 @@ def rope(
         return rope_ref(x, positions, sections, theta)
     if T % BLOCK_T:
         raise ValueError(f"rope kernel needs T divisible by {BLOCK_T}, got {x.shape}")
-    return _rotate_pallas(x, *_tables(positions, H, sections, theta), impl == "interpret")
+    on = sharding.splits({"rows": x.shape[0], "heads": x.shape[2]})
+    heads, row = ("rows", None, "heads", None), ("rows", None, None)
+    turn = lambda x, at: _rotate_pallas(x, *_tables(at, H, sections, theta), impl == "interpret")
+    return sharding.spread(turn, (heads, row), heads, on)(x, positions)
 
 
 def rope2d(
