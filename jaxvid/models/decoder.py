@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxvid.models.layers import Compute, GatedMLP, Linear, RMSNorm, scan, stack
+from jaxvid.models.layers import Compute, GatedMLP, Linear, RMSNorm, lookup, scan, stack
 from jaxvid.ops.attention import attention, decode_attention
 from jaxvid.ops.rope import rope
 from jaxvid.sharding import constrain
@@ -95,8 +95,8 @@ class Decoder(nnx.Module):
         self.blocks = stack(lambda rngs: Block(cfg, rngs=rngs), cfg.layers, rngs)
         self.norm = RMSNorm(cfg.width, eps=cfg.norm_eps)
 
-    def embed(self, tokens: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
-        return self.table[...].astype(self.compute.dtype)[tokens]
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return lookup(self.table[...], tokens, self.compute.dtype)
 
     def __call__(
         self,

@@ -6,7 +6,9 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from jaxvid import sharding
 
 DTYPES = ("float32", "bfloat16")
 
@@ -76,6 +78,38 @@ class Linear(nnx.Module):
         if self.b is not None:
             y = y + self.b[...].astype(x.dtype).reshape(1, -1)
         return y.reshape(*rows, *outputs)
+
+
+def lookup(
+    table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: str
+) -> Float[Array, "B T D"]:
+    """Rows of the token table, in `dtype`.
+
+    On a mesh the table stays where it is: each device looks up the tokens of all the devices that
+    share its rows' table, in its own part of the width and of the vocabulary, and sends every
+    device its own. What crosses devices is as large as the result, and the gradient is added in the
+    table's type where the table lies.
+    """
+    on = sharding.splits({"rows": len(tokens), "vocab": table.shape[0], "embed": table.shape[1]})
+    if not set(on["embed"]) <= set(on["rows"]):
+        on["embed"] = ()
+
+    def find(table, tokens):
+        width, vocab = on["embed"], on["vocab"]
+        if width:
+            tokens = jax.lax.all_gather(tokens, width, axis=0, tiled=True)
+        if vocab:
+            tokens = tokens - jax.lax.axis_index(vocab) * table.shape[0]
+            mine = (tokens >= 0) & (tokens < table.shape[0])
+            x = jnp.where(mine[..., None], table[jnp.where(mine, tokens, 0)], 0).astype(dtype)
+        else:
+            x = table[tokens].astype(dtype)
+        if width:
+            x = jax.lax.all_to_all(x, width, split_axis=0, concat_axis=2, tiled=True)
+        return jax.lax.psum(x, vocab) if vocab else x
+
+    out = ("rows", None, None)
+    return sharding.spread(find, (("vocab", "embed"), ("rows", None)), out, on)(table, tokens)
 
 
 class RMSNorm(nnx.Module):

@@ -98,6 +98,8 @@ def make_loss(graph: nnx.GraphDef, objective: Objective, temperature: float):
 
 def sum_over(f: Callable, params: nnx.State, batch: Batch):
     """Sum of f(params, micro) over the leading axis of `batch`, one micro-batch in memory."""
+    if batch.tokens.tokens.shape[0] == 1:  # a sum of one holds no second copy of the gradient
+        return f(params, jax.tree.map(lambda x: x[0], batch))
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, params, first))
 
