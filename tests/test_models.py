@@ -164,7 +164,7 @@ def mesh():
     return sharding.make_mesh(fsdp=2, tensor=4)  # two kv heads do not divide: replicated
 
 
-def test_sharded_model_equals_one_device(tmp_path):
+def test_a_folder_is_loaded_onto_a_mesh(tmp_path):
     loaded = fresh()
     hf.save(tmp_path / "m", loaded.cfg, loaded.params, dtype="float32")
     parts = hf.load(tmp_path / "m", mesh=mesh())
@@ -173,12 +173,6 @@ def test_sharded_model_equals_one_device(tmp_path):
     k = parts.params["decoder"]["blocks"]["attention"]["k"]["w"][...]
     assert k.sharding.spec == jax.P(None, "fsdp")
     jax.tree.map(np.testing.assert_array_equal, parts.params, loaded.params)
-    tokens, seen = rows(*[plain(sequence(4, seed=i)) for i in range(B)]), frames()
-    want = hidden(model(loaded), tokens, seen)
-    with jax.set_mesh(mesh()):
-        spread = jax.device_put((tokens, seen), sharding.row_sharding(mesh(), B))
-        call = jax.jit(lambda p, *a: nnx.merge(loaded.graph, p).hidden(*a))
-        np.testing.assert_allclose(call(parts.params, *spread), want, atol=1e-4)
 
 
 def test_initialise_is_the_same_on_a_mesh_and_well_scaled():

@@ -18,15 +18,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qwen import CFG, QUICK, VIDEO, fresh
 
-from jaxvid import score
+from jaxvid import score, sharding
 from jaxvid.batch import Batch, Scores, TokenBatch
 from jaxvid.data import layout, media
-from jaxvid.models import decoder, qwen25vl
+from jaxvid.models import decoder, hf, qwen25vl
 from jaxvid.objectives.policy import Policy
 from jaxvid.objectives.preference import DPO
 from jaxvid.objectives.sft import SFT
 from jaxvid.ops import attention as attention_module
 from jaxvid.ops.attention import attention
+from jaxvid.train import optimizers, step
+from jaxvid.train import state as states
 
 # beartype draws from `random` when it checks a list, perhaps on another test's reader thread.
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module")
@@ -357,7 +359,7 @@ def test_losses_do_not_know_where_padding_stands(objective):
         value = objective(Scores(logp, entropy), batch)
         return value.numerator, value
 
-    run = jax.jit(jax.grad(loss, has_aux=True))
+    run = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     results = {}
     for name, (scores, _) in scored_pairs().items():
@@ -399,3 +401,36 @@ def test_the_kernel_with_padding_before_between_and_behind(window, monkeypatch):
     want = run("xla", 0, 60)
     for places in ((0, 60), (140, 290), (70, 294)):
         close(run("interpret", *places), want, 1e-5)
+
+
+# --- on a mesh
+
+
+MESH = {"fsdp": 2, "tensor": 4}  # two kv heads do not divide: replicated
+
+
+def test_trees_on_eight_devices_are_those_of_one():
+    mesh, name, params = sharding.make_mesh(**MESH), "packed", fresh().params
+    with jax.set_mesh(mesh):
+        batch = jax.device_put(pairs()[name], sharding.row_sharding(mesh, ROWS))
+        spread = jax.device_put(params, sharding.parameter_shardings(params, mesh))
+        (_, scores), grads = compiled()(spread, batch)
+    assert not scores.logp.is_fully_replicated
+    of = lambda scores, grads: (branches(scores.logp, pairs()[name]), grads)
+    assert_equal(of(scores, grads), of(*scored_pairs()[name]))
+
+
+def test_the_step_pins_activations_forward_and_backward():
+    """What runs here under a mesh is what runs on a pod: the decoder's and the tower's activations
+    are pinned to the rows' axes in the program itself, each in both passes."""
+    graph, shapes = hf.abstract(CFG)
+    tx = optimizers.AdamW(lr=1e-3).build(2, shapes)
+    data = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), pairs()["packed"])
+    train_step = step.make_step(graph, SFT(), tx)
+    with jax.set_mesh(sharding.make_mesh(**MESH)):
+        state = jax.eval_shape(lambda p: states.create(p, tx), shapes)
+        program = train_step.lower(state, data).as_text()
+    frames = ROWS * BUDGET.frames
+    for shape in (f"{ROWS}x{T}x{CFG.text.width}", f"{frames}x16x{CFG.vision.width}"):
+        pinned = rf'sharding_constraint .*\[{{"replica", "fsdp"}}, .*: tensor<{shape}xf32>'
+        assert len(re.findall(pinned, program)) >= 2, shape
