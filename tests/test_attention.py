@@ -195,13 +195,15 @@ def test_attention_refuses(kwargs, message):
         attention(*heads(4, N=3))
 
 
-def test_decode_attention_is_the_last_query_of_each_branch():
+@pytest.mark.parametrize("window", [0, 1, 3, 5])
+def test_decode_attention_is_the_last_query_of_each_branch(window):
     B, G, N, K, H, P, R, step = 2, 3, 4, 2, 8, 5, 4, 2
     q, (pk, pv) = normal(0, B, G, N, H), normal(1, 2, B, P, K, H)
     bk, bv = normal(2, 2, B, G, R, K, H)
     length = jnp.array([3, 5])
-    got = decode_attention(q, pk, pv, length, bk, bv, step)
-    join = lambda p, x, b, g: jnp.concatenate([p[b, : length[b]], x[b, g, : step + 1]])[None]
+    got = decode_attention(q, pk, pv, length, bk, bv, step, window)
+    path = lambda p, x, b, g: jnp.concatenate([p[b, : length[b]], x[b, g, : step + 1]])
+    join = lambda *of: path(*of)[None, -window:]  # all of it without a window
     for b, g in np.ndindex(B, G):
         want = attention(q[b : b + 1, g : g + 1], join(pk, bk, b, g), join(pv, bv, b, g))
         close(got[b, g], want[0, 0], 1e-5)

@@ -33,8 +33,9 @@ CONFIG = qwen25vl.Config(
 
 
 @functools.cache
-def real_model():
-    model = qwen25vl.Qwen25VL(CONFIG, rngs=nnx.Rngs(0))
+def real_model(window=0):
+    cfg = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, window=window))
+    model = qwen25vl.Qwen25VL(cfg, rngs=nnx.Rngs(0))
     # A fresh table gives nearly equal logits; a larger one makes choices worth comparing.
     model.head[...] = model.head[...] * 10
     return model
@@ -61,10 +62,10 @@ def keys(rows: int, seed: int = 0):
     return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(rows))
 
 
-def rollouts(trees, sampling, *, row_keys=None):
+def rollouts(trees, sampling, *, row_keys=None, window=0):
     tokens, seen = layout.prompts(trees, 4, 24, 2, 16)
     out = sampler.generate(
-        real_model(),
+        real_model(window),
         tokens,
         seen,
         group=GROUP,
@@ -77,11 +78,11 @@ def rollouts(trees, sampling, *, row_keys=None):
 
 
 @functools.cache
-def full_pass(temperature):
-    return jax.jit(functools.partial(score.score, real_model(), temperature=temperature))
+def full_pass(temperature, window):
+    return jax.jit(functools.partial(score.score, real_model(window), temperature=temperature))
 
 
-def scored(trees, out, temperature=1.0):
+def scored(trees, out, temperature, window):
     """The trees with the sampled branches, scored in packed rows: {(row, g): log-probs}."""
     grown = []
     for b, t in enumerate(trees):
@@ -92,7 +93,7 @@ def scored(trees, out, temperature=1.0):
         grown.append(t._replace(branches=tuple(branches)))
     budget = layout.Budget(rows=1, tokens=160, scored=96, branches=16, frames=8, patches=16)
     (batch,) = layout.pack([grown], budget)
-    logp = full_pass(temperature)(batch.tokens, batch.vision).logp[0]
+    logp = full_pass(temperature, window)(batch.tokens, batch.vision).logp[0]
     table, slot = batch.branches, batch.tokens.slot[0]
     return {
         (int(table.record[0, m]), int(table.branch[0, m])): np.asarray(logp)[slot == m + 1]
@@ -101,13 +102,14 @@ def scored(trees, out, temperature=1.0):
     }
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probs_are_those_of_the_packed_rows(temperature):
-    """Prefill and cached decoding against one forward pass of the tree, three branches a prompt."""
+@pytest.mark.parametrize("temperature, window", [(1.0, 0), (0.7, 6)])
+def test_log_probs_are_those_of_the_packed_rows(temperature, window):
+    """Prefill and cached decoding against one forward pass of the tree, four branches a prompt. A
+    window of 6 leaves the prompt behind within a branch."""
     trees = [prompt_tree(0), prompt_tree(1, text=9), prompt_tree(2, video=False)]
-    out = rollouts(trees, Sampling(max_tokens=8, temperature=temperature))
+    out = rollouts(trees, Sampling(max_tokens=8, temperature=temperature), window=window)
     assert len(np.unique(out.length)) > 1, "one length only: the test would not see raggedness"
-    for (b, g), logp in scored(trees, out, temperature).items():
+    for (b, g), logp in scored(trees, out, temperature, window).items():
         np.testing.assert_allclose(out.logp[b, g, : out.length[b, g]], logp, atol=1e-4)
         assert (out.logp[b, g, out.length[b, g] :] == 0).all()
         assert (out.tokens[b, g, out.length[b, g] :] == 0).all()

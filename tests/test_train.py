@@ -17,6 +17,7 @@ from flax import nnx
 from jaxvid import config, main, runs, sharding
 from jaxvid.data import layout, media
 from jaxvid.models import decoder, hf, qwen25vl, vision
+from jaxvid.objectives.policy import Policy
 from jaxvid.objectives.preference import DPO
 from jaxvid.objectives.sft import SFT
 from jaxvid.train import checkpoint, loop, metrics, optimizers, step
@@ -201,21 +202,37 @@ def test_step_by_hand():
         np.testing.assert_allclose(m[sure(g)], -1e-2 * np.sign(g)[sure(g)], rtol=1e-2)
 
 
-def test_cutting_a_batch_changes_nothing():
-    """1 micro-batch of 4 rows = 4 of 1 row = those and an empty one, with unequal weights."""
-    graph, params = toy()
-    whole, cut = batch([1, 2, 3, 4], 4), batch([1, 2, 3, 4], 1)
-    for data in whole, cut:
-        data.branches.weight[data.branches.record == 2] = 0.5
-    empty = jax.tree.map(lambda x: np.zeros_like(x[:1]), cut)
-    padded = jax.tree.map(lambda a, b: np.concatenate([a, b]), cut, empty)
-    gradient = jax.value_and_grad(step.make_loss(graph, SFT(), 1.0), has_aux=True)
-    total = jax.jit(lambda p, b: step.sum_over(gradient, p, b))
-    results = [total(params, data) for data in (whole, cut, padded)]
-    for other in results[1:]:
-        assert_same(results[0], other, rtol=1e-5, atol=1e-5)
-    (_, loss), _ = results[0]
-    assert loss.denominator == 3 * 6 + 0.5 * 6
+@pytest.mark.parametrize(
+    "objective", [SFT(), DPO(), Policy(kl_coef=0.1)], ids=lambda o: type(o).__name__
+)
+def test_cutting_a_batch_changes_nothing(objective):
+    """A step on 1 micro-batch of 4 rows, on 2 of 2, on 4 of 1, and on those and an empty one gives
+    the same parameters, with unequal weights."""
+    rng, tx = np.random.default_rng(0), optax.sgd(0.5)
+    old, ref, sampled = rng.normal(-4, 1, (3, 4, 8)).astype(np.float32)
+    advantage = rng.normal(size=(4, 2)).astype(np.float32)
+    weight = np.float32([[1, 1], [0.5, 0.5], [1, 0], [1, 2]])
+    train_step, results = step.make_step(toy()[0], objective, tx), []
+    for rows in (4, 2, 1, 0):
+        data = batch([1, 2, 3, 4], rows or 1, mates=True)
+        cut = lambda x, like: x.reshape(like.shape)
+        table = data.branches
+        table = table._replace(
+            weight=cut(weight, table.weight), advantage=cut(advantage, table.weight)
+        )
+        numbers = {k: cut(x, data.old) for k, x in dict(old=old, ref=ref, sampled=sampled).items()}
+        data = data._replace(branches=table, **numbers)
+        if not rows:
+            data = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x[:1])]), data)
+        state, values = train_step(states.create(toy()[1], tx), data)
+        results.append((jax.tree.map(np.array, state.params), values))
+    params, values = results[0]
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, toy()[1])
+    assert min(jax.tree.leaves(moved)) > 1e-3
+    for other, also in results[1:]:
+        assert_same(params, other, rtol=0, atol=1e-6)
+        for name in ("loss", "grad_norm", "num_tokens"):
+            np.testing.assert_allclose(also[name], values[name], rtol=1e-5)
 
 
 def test_scores_keep_the_batchs_shape():

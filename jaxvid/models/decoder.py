@@ -32,8 +32,11 @@ class Config:
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
     max_positions: int = 32_768  # what the export states; nothing here depends on it
+    window: int = 0  # tokens of its own path that a token sees, itself included; 0 is all
 
     def __post_init__(self):
+        if self.window < 0:
+            raise ValueError(f"window={self.window}: give a number of tokens, or 0 for no window")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
         if self.width % self.heads:
@@ -89,7 +92,7 @@ class Block(nnx.Module):
 
 class Decoder(nnx.Module):
     def __init__(self, cfg: Config, compute: Compute, *, rngs: nnx.Rngs):
-        self.compute = compute
+        self.compute, self.window = compute, cfg.window
         table = 0.02 * jax.random.normal(rngs.params(), (cfg.vocab, cfg.width), jnp.float32)
         self.table = nnx.Param(table, axes=("vocab", "embed"))
         self.blocks = stack(lambda rngs: Block(cfg, rngs=rngs), cfg.layers, rngs)
@@ -103,11 +106,13 @@ class Decoder(nnx.Module):
         x: Float[Array, "B T D"],  # token embeddings with vision features already in place
         positions: Int[Array, "B 3 T"],
         end: Int[Array, "B T"],
+        depth: Int[Array, "B T"],  # read where there is a window
         *,
         keep: bool = False,
     ) -> tuple[Float[Array, "B T D"], KV | None]:
         """Hidden states after the final norm, never logits; with `keep`, every layer's k and v."""
-        attend = lambda q, k, v: attention(q, k, v, end=end)
+        path = depth if self.window else None
+        attend = lambda q, k, v: attention(q, k, v, end=end, depth=path, window=self.window)
 
         def layer(x, block, _):
             x, kv = block(constrain(x, "rows", None, None), positions, attend)
@@ -139,8 +144,9 @@ class Decoder(nnx.Module):
 
             def attend(q, k, v):
                 written.extend((write(branch.k, k), write(branch.v, v)))
+                here = written[0][i], written[1][i]
                 return decode_attention(
-                    q, prompt_k, prompt_v, length, written[0][i], written[1][i], step
+                    q, prompt_k, prompt_v, length, *here, step, window=self.window
                 )
 
             x, _ = block(x, positions, attend)

@@ -1,8 +1,8 @@
 """Qwen2.5-VL (https://arxiv.org/abs/2502.13923): vision tower, merged features in place of the
 placeholder tokens, decoder with M-RoPE. And its numpy `positions`, which data preparation uses.
 
-Left out: dropout (the published models have none), sliding windows (published configs switch them
-off).
+Left out: dropout (the published models have none), sliding windows on some layers and not on
+others (published configs switch them off).
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ IGNORED = {
         "attn_implementation _attn_implementation_autoset _name_or_path"
     ).split(),
     "text": (
-        "model_type architectures torch_dtype dtype use_cache initializer_range max_window_layers "
-        "sliding_window vision_start_token_id vision_end_token_id vision_token_id image_token_id "
+        "model_type architectures torch_dtype dtype use_cache initializer_range "
+        "vision_start_token_id vision_end_token_id vision_token_id image_token_id "
         "video_token_id transformers_version tie_word_embeddings _name_or_path"
     ).split(),
     "vision": (
@@ -38,7 +38,8 @@ IGNORED = {
         "_name_or_path transformers_version tie_word_embeddings"
     ).split(),
 }
-MUST = {"hidden_act": "silu", "attention_dropout": 0.0, "use_sliding_window": False}
+FULL, SLIDING = "full_attention", "sliding_attention"
+MUST = {"hidden_act": "silu", "attention_dropout": 0.0}
 TEXT_NAMES = {
     "layers": "num_hidden_layers",
     "width": "hidden_size",
@@ -176,6 +177,13 @@ class Config:
             },
             "tie_word_embeddings": self.tied,
         }
+        if text.window:
+            text_config |= {
+                "use_sliding_window": True,
+                "sliding_window": text.window,
+                "max_window_layers": 0,
+                "layer_types": [SLIDING] * text.layers,
+            }
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             text_config[name] = tokens[name]  # transformers looks for them in the text section
         vision_config = {hf: getattr(tower, ours) for ours, hf in VISION_NAMES.items()} | {
@@ -211,11 +219,34 @@ def _text(section, problems):
             problems.append(f"rope {name} is {kind!r}; only M-RoPE is supported")
     found["rope_sections"] = tuple(rope.pop("mrope_section", (16, 24, 24)))
     problems += [f"rope attribute {name}={value!r} is not known" for name, value in rope.items()]
-    kinds = set(read.take("layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        problems.append(f"layer_types has {sorted(kinds)}; only 'full_attention' is supported")
+    found["window"] = _window(read, found["layers"])
     read.done(IGNORED["text"])
     return lambda: decoder.Config(**found)
+
+
+def _window(read, layers):
+    """The sliding window of all layers, or 0. By transformers' rule `layer_types` says which layers
+    have one; without it, those from `max_window_layers` on. Both count the token itself, as here.
+    """
+    on, size = read.take("use_sliding_window", False), read.take("sliding_window", 4096)
+    first, kinds = read.take("max_window_layers", 80), read.take("layer_types", None)
+    if kinds is None:
+        slides = on and size is not None
+        kinds = [SLIDING if slides and i >= (first or 0) else FULL for i in range(layers)]
+    if set(kinds) <= {FULL}:
+        return 0
+    if set(kinds) != {SLIDING}:
+        read.problems.append(
+            f"{read.where}layer_types has {sorted(set(kinds))} (use_sliding_window={on}, "
+            f"max_window_layers={first} of {layers}); supported is {FULL!r} on all layers or "
+            f"{SLIDING!r} on all"
+        )
+    elif not on or not size or size < 1:
+        read.problems.append(
+            f"{read.where}layer_types is {SLIDING!r} with use_sliding_window={on} and "
+            f"sliding_window={size}; give use_sliding_window=true and a window of at least 1"
+        )
+    return max(size or 0, 0)
 
 
 def _vision(section, problems):
@@ -260,14 +291,15 @@ class Qwen25VL(nnx.Module):
     def hidden(self, tokens: TokenBatch, vision: VisionBatch) -> Float[Array, "B T D"]:
         """After the final norm."""
         tokens = TokenBatch(*map(jnp.asarray, tokens))
-        return self.decoder(self.embed(tokens, vision), tokens.positions, tokens.end)[0]
+        x = self.embed(tokens, vision)
+        return self.decoder(x, tokens.positions, tokens.end, tokens.depth)[0]
 
     def prefill(self, tokens: TokenBatch, vision: VisionBatch) -> tuple[Float[Array, "B D"], KV]:
         """One prompt per row, from index 0. Its last hidden state (which predicts the first token
         of every branch) and its cache. A row of padding gives some finite state."""
         tokens = TokenBatch(*map(jnp.asarray, tokens))
         x = self.embed(tokens, vision)
-        y, kv = self.decoder(x, tokens.positions, tokens.end, keep=True)
+        y, kv = self.decoder(x, tokens.positions, tokens.end, tokens.depth, keep=True)
         last = jnp.maximum((tokens.end > 0).sum(axis=1) - 1, 0)
         return jnp.take_along_axis(y, last[:, None, None], axis=1)[:, 0], kv
 

@@ -219,9 +219,11 @@ def decode_attention(
     branch_k: Float[Array, "B G R K H"],
     branch_v: Float[Array, "B G R K H"],
     step: Int[Array, ""] | int,
+    window: int = 0,
 ) -> Float[Array, "B G N H"]:
     """One new token of each of G branches: sees its prompt's first `length` tokens, and entries
-    0..`step` of its own branch. One softmax over both parts; the prompt is never copied per branch.
+    0..`step` of its own branch; with a window, the last `window` of these. One softmax over both;
+    the prompt is never copied per branch.
     """
     B, G, N, H = q.shape
     P, K, R = prompt_k.shape[1], prompt_k.shape[2], branch_k.shape[2]
@@ -229,11 +231,14 @@ def decode_attention(
     f32 = jnp.float32
     prompt = jnp.einsum("BGKNH,BPKH->BKGNP", q, prompt_k, preferred_element_type=f32) * H**-0.5
     branch = jnp.einsum("BGKNH,BGRKH->BKGNR", q, branch_k, preferred_element_type=f32) * H**-0.5
-    seen = jnp.arange(P)[None] < length[:, None]
+    seen, own = jnp.arange(P)[None] < length[:, None], jnp.arange(R) <= step
+    if window:  # the new token's depth is length + step; an entry's is its index, or length + index
+        seen &= length[:, None] + step - jnp.arange(P)[None] < window
+        own &= step - jnp.arange(R) < window
     prompt = jnp.where(seen[:, None, None, None], prompt, HIDDEN)
-    branch = jnp.where((jnp.arange(R) <= step)[None, None, None, None], branch, HIDDEN)
+    branch = jnp.where(own[None, None, None, None], branch, HIDDEN)
     top = jnp.maximum(prompt.max(-1, keepdims=True), branch.max(-1, keepdims=True))
-    # entry 0 of the branch is always seen, so `top` is a true logit and HIDDEN gives exp(..) = 0
+    # entry `step` is always seen, so `top` is a true logit and HIDDEN gives exp(..) = 0
     prompt, branch = jnp.exp(prompt - top), jnp.exp(branch - top)
     total = (prompt.sum(-1) + branch.sum(-1)).transpose(0, 2, 1, 3)[..., None]
     cast = lambda x: x.astype(q.dtype)
