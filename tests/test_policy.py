@@ -72,12 +72,12 @@ def test_a_side_that_was_not_asked_is_no_dead_group():
     found = replies([[[0, 1], [0, 0]]], asked=[[True, False]])
     assert policy.survivors(found, Settings(pair_filter="both")).all()
     assert policy.validity(found, Settings()).tolist() == [[[True, True], [False, False]]]
-    assert "rewards/correct/counterfactual" not in policy.reply_metrics(found)
+    assert "rewards/correct/counterfactual" not in policy.reply_metrics(found, Settings())
 
 
 def test_metrics_by_hand():
     found = replies([[[0, 1], [1, 1]], [[0, 0], [0, 1]]], ended=[[[1, 1], [1, 0]]] * 2)
-    m = policy.reply_metrics(found)
+    m = policy.reply_metrics(found, Settings())
     assert m["reward"] == m["rewards/correct/mean"] == 0.5
     assert (m["rewards/correct/real"], m["rewards/correct/counterfactual"]) == (0.25, 0.75)
     assert m["rewards/correct/both"] == 0.25  # of four matching replies, one has both right
