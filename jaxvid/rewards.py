@@ -1,4 +1,4 @@
-"""What a completion earns: answer and format, length, and the pair.
+"""What a completion earns by itself: answer and format, and length. A pair's reward: ops.duality.
 
 Each reward is a small frozen dataclass; what it reads of an example is named by `Question`, so a
 record of the data room fits and so does anything else that has those two fields. Replies are read
@@ -9,7 +9,7 @@ import dataclasses
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from jaxvid import answers
 
@@ -77,15 +77,3 @@ class Overlong:
             )
         over = lengths - (limit - self.buffer)
         return np.minimum(-over / self.buffer * self.factor, 0.0).astype(np.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """R_pair of FADE (arXiv 2608.10764): paid to both when real reply i AND counterfactual reply i
-    are right. It takes the profit out of "always answer counterfactual". Off at weight 0."""
-
-    weight: float = 0.0
-
-    def __call__(self, correct: Bool[np.ndarray, "pairs 2 G"]) -> Float[np.ndarray, "pairs 2 G"]:
-        both = correct.all(axis=1, keepdims=True)
-        return np.broadcast_to(self.weight * both, correct.shape).astype(np.float32)

@@ -68,16 +68,38 @@ def test_a_masked_reply_gives_no_signal():
     assert not policy.survivors(found, Settings(mask_truncated=True)).any()
 
 
+def test_the_pair_reward_is_paid_to_both():
+    """Of replies 0 and 1 to both videos, only the two replies 0 are right on both sides."""
+    found, settings = replies([[[1, 1], [1, 0]]]), Settings(pair_reward=0.5, filter_on="reward")
+    paid, right = policy.paid(found, settings), found.correct > 0
+    assert paid.tolist() == [[[1.5, 1], [1.5, 0]]]
+    both = dataclasses.replace(settings, pair_filter="both")
+    assert policy.survivors(found, both).all()  # the real group differs by what the pair is paid
+    assert not policy.survivors(found, dataclasses.replace(both, pair_reward=0.0)).any()
+    assert policy.reply_metrics(found, settings)["reward"] == 1.0
+    valid = policy.validity(found, settings)
+    inside = Duality()(found.total, valid, right, 0.5)
+    jax.tree.map(np.testing.assert_array_equal, inside, Duality()(paid, valid))
+
+
+def test_a_reply_without_a_finite_reward_is_left_out():
+    found = replies([[[1, 0], [1, 0]]], total=[[[1, np.nan], [1, 0]]])
+    assert policy.validity(found, Settings()).tolist() == [[[True, False], [True, True]]]
+    assert policy.survivors(found, Settings(filter_on="reward")).all()
+    both = Settings(filter_on="reward", pair_filter="both")
+    assert not policy.survivors(found, both).any()
+
+
 def test_a_side_that_was_not_asked_is_no_dead_group():
     found = replies([[[0, 1], [0, 0]]], asked=[[True, False]])
     assert policy.survivors(found, Settings(pair_filter="both")).all()
     assert policy.validity(found, Settings()).tolist() == [[[True, True], [False, False]]]
-    assert "rewards/correct/counterfactual" not in policy.reply_metrics(found)
+    assert "rewards/correct/counterfactual" not in policy.reply_metrics(found, Settings())
 
 
 def test_metrics_by_hand():
     found = replies([[[0, 1], [1, 1]], [[0, 0], [0, 1]]], ended=[[[1, 1], [1, 0]]] * 2)
-    m = policy.reply_metrics(found)
+    m = policy.reply_metrics(found, Settings())
     assert m["reward"] == m["rewards/correct/mean"] == 0.5
     assert (m["rewards/correct/real"], m["rewards/correct/counterfactual"]) == (0.25, 0.75)
     assert m["rewards/correct/both"] == 0.25  # of four matching replies, one has both right
@@ -231,6 +253,19 @@ def test_nothing_to_learn_from_changes_nothing(run):
     assert after is before
     assert (m["rollout/kept"], m["rollout/refills"], m["num_tokens"]) == (0.0, 1.0, 0.0)
     assert np.isnan(m["loss"]) and m["reward"] == 1.0
+
+
+def test_the_pair_reward_reaches_the_advantages(run):
+    taken = []
+    spy = lambda *args: taken.append(args) or Duality()(*args)
+    parts = run.parts(pair_reward=0.5, pair_filter="none")._replace(advantages=spy)
+    start = state.create(loop.frozen(run.start), run.tx)
+    with jax.set_mesh(run.mesh):
+        _, m = policy.make_update(parts, 0)(start, next(parts.stream))
+    [(total, valid, right, weight)] = taken
+    both = right.all(1, keepdims=True)
+    assert valid.all() and weight == 0.5 and both.any()
+    assert m["reward"] == pytest.approx((total + 0.5 * both).mean())
 
 
 def test_replies_are_the_records_own(run):

@@ -74,9 +74,3 @@ def test_overlong():
     assert (rewards.Overlong()(lengths, 20) == 0).all()
     with pytest.raises(ValueError, match="overlong.buffer = 20"):
         rewards.Overlong(buffer=20)(lengths, 20)
-
-
-def test_pair():
-    correct = np.array([[[1, 1, 0, 0], [1, 0, 1, 0]]], bool)
-    assert rewards.Pair(0.5)(correct).tolist() == [[[0.5, 0, 0, 0], [0.5, 0, 0, 0]]]
-    assert not rewards.Pair()(correct).any()

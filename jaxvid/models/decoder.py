@@ -71,8 +71,9 @@ class Attention(nnx.Module):
         self.out = Linear((N, H), (D,), "heads head embed", scale=out_scale, rngs=rngs)
 
     def qkv(self, x: Float[Array, "B T D"], positions: Int[Array, "B 3 T"]):
-        turn = lambda y: rope(y, positions, sections=self.sections, theta=self.theta)
-        return turn(self.q(x)), turn(self.k(x)), self.v(x)
+        qk = self.q(x), self.k(x)
+        q, k = rope(qk, positions, sections=self.sections, theta=self.theta)
+        return q, k, self.v(x)
 
 
 class Block(nnx.Module):

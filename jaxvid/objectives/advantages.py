@@ -1,6 +1,7 @@
 """From the rewards of groups to advantages: what a recipe names, computed by ops.duality.
 
 `valid` marks branches that count; rewards of pairs [pairs, 2, G], side 0 real, 1 counterfactual.
+`pair_reward` is added to both of the branches i of a pair that are both `correct`.
 """
 
 from dataclasses import dataclass
@@ -25,9 +26,18 @@ class Duality:
         self,
         rewards: Float[Array | np.ndarray, "pairs 2 G"],
         valid: Bool[Array | np.ndarray, "pairs 2 G"],
+        correct: Bool[Array | np.ndarray, "pairs 2 G"] | None = None,
+        pair_reward: float = 0.0,
     ) -> Advantages:
         return duality(
-            rewards, valid, std=self.std, eps=self.eps, lonely=self.lonely, scope=self.scope
+            rewards,
+            valid,
+            correct,
+            std=self.std,
+            eps=self.eps,
+            lonely=self.lonely,
+            scope=self.scope,
+            pair_reward=pair_reward,
         )
 
 
@@ -42,8 +52,18 @@ class GRPO:
         self,
         rewards: Float[Array | np.ndarray, "pairs 2 G"],
         valid: Bool[Array | np.ndarray, "pairs 2 G"],
+        correct: Bool[Array | np.ndarray, "pairs 2 G"] | None = None,
+        pair_reward: float = 0.0,
     ) -> Advantages:
-        return duality(rewards, valid, normalise="none", std=self.std, eps=self.eps)
+        return duality(
+            rewards,
+            valid,
+            correct,
+            normalise="none",
+            std=self.std,
+            eps=self.eps,
+            pair_reward=pair_reward,
+        )
 
 
 @dataclass(frozen=True)
@@ -60,5 +80,9 @@ class DrGRPO:
         self,
         rewards: Float[Array | np.ndarray, "pairs 2 G"],
         valid: Bool[Array | np.ndarray, "pairs 2 G"],
+        correct: Bool[Array | np.ndarray, "pairs 2 G"] | None = None,
+        pair_reward: float = 0.0,
     ) -> Advantages:
-        return duality(rewards, valid, normalise="none", std="none")
+        return duality(
+            rewards, valid, correct, normalise="none", std="none", pair_reward=pair_reward
+        )

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxvid.batch import Batch, Loss, Scores
 from jaxvid.objectives.slots import at_slot, by_slot, lengths
-from jaxvid.ops.policy_loss import policy_loss
+from jaxvid.ops.policy_loss import importance, policy_loss
 
 LIMIT = 20.0  # log-ratios are held within +-LIMIT before exp, as ops.policy_loss does
 
@@ -35,15 +35,6 @@ def kl(
         return (logp - ref) ** 2 / 2
     d = jnp.clip(ref - logp, -LIMIT, LIMIT)
     return jnp.clip(jnp.exp(d) - d - 1, -10.0, 10.0)
-
-
-def importance(
-    old: Float[Array, "*n"], sampled: Float[Array, "*n"], cap: float
-) -> Float[Array, "*n"]:
-    """min(old / sampled, cap): truncated importance weight for a sampler that is not quite the
-    policy (https://fengyao.notion.site/off-policy-rl). 1 where the sampler's log-prob is NaN."""
-    diff = jnp.where(jnp.isnan(sampled), 0.0, old - sampled)
-    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(jnp.clip(diff, -LIMIT, LIMIT)), cap))
 
 
 def group_sum(values: Float[Array, "B M"], same: Bool[Array, "B M M"]) -> Float[Array, "B M"]:
@@ -102,18 +93,23 @@ class Policy:
         still = jax.lax.stop_gradient  # value: the branch's mean; gradient: the token's own
         return logp - still(logp) + at_slot(still(mean), slot)
 
-    def _token_loss(self, logp, log_ratio, adv):
+    def _token_loss(self, logp, log_ratio, adv, sampled):
+        """`sampled` is relative to the old log-prob, as `log_ratio` is: old stands at 0."""
+        old, cap = jnp.zeros_like(log_ratio), self.importance_cap
         if self.clip == "weight":
             ratio = jnp.exp(jnp.clip(log_ratio, -LIMIT, LIMIT))
             weight = jnp.clip(ratio, 1 - self.clip_low, 1 + self.clip_high)
+            weight = weight if cap is None else weight * importance(old, sampled, cap)
             return -jax.lax.stop_gradient(weight) * adv * logp
         return policy_loss(
             log_ratio,
-            jnp.zeros_like(log_ratio),
+            old,
             adv,
             clip_low=self.clip_low,
             clip_high=self.clip_high,
             dual_clip=self.dual_clip,
+            sampled=None if cap is None else sampled,
+            importance_cap=cap,
         )
 
     def _aggregate(self, loss, batch):
@@ -146,11 +142,10 @@ class Policy:
         adv = at_slot(batch.branches.advantage, slot)
         columns = batch.branches.weight.shape[1]
         log_ratio = self._log_ratio(logp, old, slot, columns)
-        loss = self._token_loss(logp, log_ratio, adv)
+        loss = self._token_loss(logp, log_ratio, adv, batch.sampled - old)
         metrics = self._metrics(scores, log_ratio, old, adv, counted, batch)
         if self.importance_cap is not None:
             weight = importance(old, batch.sampled, self.importance_cap)
-            loss = loss * weight
             metrics["sampling/importance_sampling_ratio/mean"] = _mean(weight, counted)
         if self.kl_coef:
             divergence = kl(logp, ref, self.kl_kind)

@@ -2,10 +2,12 @@
 
     loss = -min(r A, clip(r, 1 - lo, 1 + hi) A),    r = exp(logp - old)
     dual clip, where A < 0:  loss = min(loss, -c A)
+    importance weight:  loss = min(exp(old - sampled), cap) loss
 
 PPO (https://arxiv.org/abs/1707.06347); asymmetric bounds from DAPO (https://arxiv.org/abs/2503.14476);
 dual clip (https://arxiv.org/abs/1912.09729): without it a token that the policy now likes much more
-than the old one did pushes without bound when A < 0.
+than the old one did pushes without bound when A < 0. Truncated importance weight, for a sampler
+that is not quite the policy (https://fengyao.notion.site/off-policy-rl).
 In order: reference, kernel, derivative, public function.
 """
 
@@ -14,12 +16,21 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from jaxvid.ops._choice import Impl, choose
 
-BLOCK = (64, 128)  # float32 (sublanes, lanes) of one kernel step
+BLOCK = (64, 1024)  # rows and tokens of one kernel step; 256 KiB an operand
 LIMIT = 20.0  # log-ratios are held within +-LIMIT: exp overflows at 88, and inf * 0 is NaN
+
+
+def importance(
+    old: Float[Array, "*n"], sampled: Float[Array, "*n"], cap: float
+) -> Float[Array, "*n"]:
+    """min(old / sampled, cap), from log-probs. 1 where the sampler's is NaN (not known)."""
+    diff = jnp.where(jnp.isnan(sampled), 0.0, old - sampled)
+    return jnp.minimum(jnp.exp(jnp.clip(diff, -LIMIT, LIMIT)), cap)
 
 
 def policy_loss_ref(
@@ -29,18 +40,23 @@ def policy_loss_ref(
     clip_low: float,
     clip_high: float,
     dual_clip: float | None = None,
+    sampled: Float[Array, "B S"] | None = None,
+    importance_cap: float | None = None,
 ) -> Float[Array, "B S"]:
-    """The definition, in XLA. The kernel is tested against this and against its gradient."""
+    """The definition, in XLA, float32 or float64. The kernel is tested against this and against
+    its gradient."""
     ratio = jnp.exp(jnp.clip(logp - old, -LIMIT, LIMIT))
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
     loss = -jnp.minimum(ratio * adv, clipped * adv)
-    if dual_clip is None:
-        return loss
-    return jnp.where(adv < 0, jnp.minimum(loss, -dual_clip * adv), loss)
+    if dual_clip is not None:
+        loss = jnp.where(adv < 0, jnp.minimum(loss, -dual_clip * adv), loss)
+    return loss if sampled is None else loss * importance(old, sampled, importance_cap)
 
 
-def _kernel(logp_ref, old_ref, adv_ref, loss_ref, grad_ref, *, clip_low, clip_high, dual_clip):
-    adv, diff = adv_ref[...], logp_ref[...] - old_ref[...]
+def _kernel(*refs, clip_low, clip_high, dual_clip, cap):
+    *operands, loss_ref, grad_ref = refs
+    logp, old, adv, *sampled = (ref[...] for ref in operands)
+    diff = logp - old
     ratio = jnp.exp(jnp.clip(diff, -LIMIT, LIMIT))
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
     keep = ratio * adv <= clipped * adv  # the unclipped branch is the minimum: gradient flows
@@ -48,35 +64,39 @@ def _kernel(logp_ref, old_ref, adv_ref, loss_ref, grad_ref, *, clip_low, clip_hi
     if dual_clip is not None:
         over = (adv < 0) & (loss > -dual_clip * adv)
         loss, keep = jnp.where(over, -dual_clip * adv, loss), keep & ~over
-    loss_ref[...] = loss
-    grad_ref[...] = jnp.where(keep & (jnp.abs(diff) < LIMIT), -ratio * adv, 0.0)  # d loss / d logp
+    grad = jnp.where(keep & (jnp.abs(diff) < LIMIT), -ratio * adv, 0.0)  # d loss / d logp
+    if sampled:
+        weight = importance(old, sampled[0], cap)
+        loss, grad = loss * weight, grad * weight
+    loss_ref[...], grad_ref[...] = loss, grad
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _pallas(logp, old, adv, settings, interpret):
-    return _pallas_fwd(logp, old, adv, settings, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _pallas(logp, old, adv, sampled, settings, interpret):
+    return _pallas_fwd(logp, old, adv, sampled, settings, interpret)[0]
 
 
-def _pallas_fwd(logp, old, adv, settings, interpret):
-    """Every token is alone, so any [B, S] is laid out as full tiles and back."""
-    size, tile = logp.size, BLOCK[0] * BLOCK[1]
-    flat = lambda x: jnp.pad(x.reshape(-1), (0, -size % tile)).reshape(-1, BLOCK[1])
-    back = lambda x: x.reshape(-1)[:size].reshape(logp.shape)
-    block = pl.BlockSpec(BLOCK, lambda i: (i, 0))
-    rows = -(-size // tile) * BLOCK[0]
-    loss, grad = pl.pallas_call(
-        functools.partial(_kernel, **dict(zip(("clip_low", "clip_high", "dual_clip"), settings))),
-        grid=(rows // BLOCK[0],),
-        in_specs=[block] * 3,
-        out_specs=[block] * 2,
-        out_shape=[jax.ShapeDtypeStruct((rows, BLOCK[1]), jnp.float32)] * 2,
-        interpret=interpret,
-    )(flat(logp), flat(old), flat(adv))
-    return back(loss), back(grad)
+def _pallas_fwd(logp, old, adv, sampled, settings, interpret):
+    """Every token is alone, so what a block at the edge reads beyond the array does no harm."""
+    operands = [x.astype(jnp.float32) for x in (logp, old, adv, sampled) if x is not None]
+    tile = tuple(min(n, b) for n, b in zip(logp.shape, BLOCK))
+    block = pl.BlockSpec(tile, lambda i, j: (i, j))
+    names = ("clip_low", "clip_high", "dual_clip", "cap")
+    return tuple(
+        pl.pallas_call(
+            functools.partial(_kernel, **dict(zip(names, settings))),
+            grid=tuple(-(-n // t) for n, t in zip(logp.shape, tile)),
+            in_specs=[block] * len(operands),
+            out_specs=[block] * 2,
+            out_shape=[jax.ShapeDtypeStruct(logp.shape, jnp.float32)] * 2,
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 2),
+            interpret=interpret,
+        )(*operands)
+    )
 
 
 def _pallas_bwd(settings, interpret, grad, dloss):
-    return grad * dloss, None, None  # old and adv are data
+    return grad * dloss, None, None, None  # old, adv and sampled are data
 
 
 _pallas.defvjp(_pallas_fwd, _pallas_bwd)
@@ -90,11 +110,15 @@ def policy_loss(
     clip_low: float,
     clip_high: float,
     dual_clip: float | None = None,
+    sampled: Float[Array, "B S"] | None = None,
+    importance_cap: float | None = None,
     impl: Impl | None = None,
 ) -> Float[Array, "B S"]:
     """Loss per token, unreduced and unmasked; gradient to `logp` alone.
 
-    `impl=None` is Pallas on one TPU, else XLA.
+    `sampled` and `importance_cap` go together: the sampler's log-probs, NaN where not known (weight
+    1). `impl=None` is Pallas on one TPU, else XLA; float64 is computed as such, in XLA alone.
+    Raises ValueError for log-probs below float32, and for settings that do not fit each other.
     """
     if jnp.finfo(logp.dtype).bits < 32:
         raise ValueError(
@@ -102,8 +126,18 @@ def policy_loss(
         )
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"dual_clip bounds the loss at ratio {dual_clip}; set it above 1, or None")
-    old, adv = jax.lax.stop_gradient((old, adv))
-    impl = choose(impl)
+    cap = importance_cap
+    if (sampled is None) != (cap is None) or (cap is not None and cap <= 0):
+        raise ValueError(
+            f"importance_cap={cap} with {'no' if sampled is None else 'the'} sampler's "
+            "log-probs: give `sampled` and a cap above 0, or neither"
+        )
+    old, adv, sampled = jax.lax.stop_gradient((old, adv, sampled))
+    impl = choose(impl, logp.dtype == jnp.float32)
     if impl == "xla":
-        return policy_loss_ref(logp, old, adv, clip_low, clip_high, dual_clip)
-    return _pallas(logp, old, adv, (clip_low, clip_high, dual_clip), impl == "interpret")
+        settings = (clip_low, clip_high, dual_clip)
+        return policy_loss_ref(logp, old, adv, *settings, sampled, cap)
+    if logp.dtype != jnp.float32:
+        raise ValueError(f"the policy_loss kernel is float32, got {logp.dtype}: use impl='xla'")
+    settings = (clip_low, clip_high, dual_clip, cap)
+    return _pallas(logp, old, adv, sampled, settings, impl == "interpret")

@@ -2,8 +2,9 @@
 
 One update of `loop.train`, on `pairs` questions (a question is asked of both videos):
   1. sample G replies to each of the two prompts with the present parameters;
-  2. pay them (`rewards`), and drop pairs without signal, asking further questions in their place
-     at most `max_refills` times; the two sides of a pair stay or go together;
+  2. pay them (`rewards`; what a pair earns together: ops.duality), and drop pairs without signal,
+     asking further questions in their place at most `max_refills` times; the two sides of a pair
+     stay or go together;
   3. advantages over [pairs, 2, G], both sides of a pair in one computation;
   4. lay out prompt and replies as trees, a pair in one micro-batch;
   5. if several steps follow, log-probs at the start of the update, by the trainer's own scoring;
@@ -30,7 +31,7 @@ from jaxvid import rewards
 from jaxvid.data import layout
 from jaxvid.data.chat import Chat
 from jaxvid.data.pipeline import Prompts
-from jaxvid.ops.duality import Advantages
+from jaxvid.ops.duality import Advantages, pair_reward
 from jaxvid.rollout import sampler
 from jaxvid.train import loop
 from jaxvid.train.state import TrainState
@@ -50,7 +51,7 @@ class Settings:
     updates: int = 1  # steps on one rollout
     mask_truncated: bool = False  # leave replies that hit max_tokens out of group and loss
     overlong: rewards.Overlong = rewards.Overlong()
-    pair_reward: rewards.Pair = rewards.Pair()
+    pair_reward: float = 0.0  # to both replies i of a pair where both are right (FADE); 0 is off
     rows: int = 0  # prompts sampled at a time; 0 is all of an update
 
     def __post_init__(self):
@@ -110,7 +111,7 @@ class Replies(NamedTuple):
     length: np.ndarray  # [pairs, 2, G]
     ended: Bool[np.ndarray, "pairs 2 G"]
     texts: list[list[list[str]]]  # of pair, side, branch
-    total: Float[np.ndarray, "pairs 2 G"]
+    total: Float[np.ndarray, "pairs 2 G"]  # each by itself; `paid` adds the pair's
     format: Float[np.ndarray, "pairs 2 G"]
     correct: Float[np.ndarray, "pairs 2 G"]
     asked: Bool[np.ndarray, "pairs 2"]
@@ -145,13 +146,16 @@ def make_update(parts: Parts, seed: int) -> loop.Update:
         model = nnx.merge(parts.graph, state.params)
         key = jax.random.fold_in(jax.random.key(seed), int(state.step))
         seen, kept = collect(model, questions, key, parts)
-        metrics = reply_metrics(seen) | {"rollout/kept": len(kept.questions) / len(seen.questions)}
+        metrics = reply_metrics(seen, settings)
+        metrics["rollout/kept"] = len(kept.questions) / len(seen.questions)
         metrics["rollout/refills"] = len(seen.questions) / len(questions) - 1
         clock.lap("time/rollout")
         if not kept.questions:
             return state, metrics | _nothing(state)
         valid = validity(kept, settings)
-        found = jax.device_get(parts.advantages(kept.total, valid))
+        found = jax.device_get(
+            parts.advantages(kept.total, valid, kept.correct > 0, settings.pair_reward)
+        )
         groups = trees(kept, found.advantage, valid)
         batch = layout.stack(layout.pack(groups, parts.budget, shards=shards))
         batch = loop.place(batch, parts.mesh)
@@ -239,7 +243,6 @@ def sample(
     total, well_formed, correct = np.moveaxis(sides(earned), -1, 0)
     length = sides(out.length)
     total = total + settings.overlong(length, settings.sampling.max_tokens)
-    total = total + settings.pair_reward(correct > 0)
     ended, given = sides(out.ended), sides(np.ones(len(asked), bool))
     return Replies(
         questions,
@@ -256,9 +259,15 @@ def sample(
 
 
 def validity(replies: Replies, settings: Settings) -> Bool[np.ndarray, "pairs 2 G"]:
-    """Which replies count in their group and in the loss."""
-    asked = np.broadcast_to(replies.asked[..., None], replies.ended.shape)
-    return asked & replies.ended if settings.mask_truncated else asked.copy()
+    """Which replies count in their group and in the loss: not those that have no finite reward."""
+    valid = replies.asked[..., None] & np.isfinite(replies.total)
+    return valid & replies.ended if settings.mask_truncated else valid
+
+
+def paid(replies: Replies, settings: Settings) -> Float[np.ndarray, "pairs 2 G"]:
+    """Rewards as the advantages are made of them."""
+    valid = validity(replies, settings)
+    return replies.total + pair_reward(replies.correct > 0, valid, settings.pair_reward)
 
 
 def survivors(replies: Replies, settings: Settings) -> Bool[np.ndarray, "pairs"]:
@@ -267,7 +276,7 @@ def survivors(replies: Replies, settings: Settings) -> Bool[np.ndarray, "pairs"]
 
     A pair asked of one video alone has that one group.
     """
-    judged = replies.correct if settings.filter_on == "accuracy" else replies.total
+    judged = replies.correct if settings.filter_on == "accuracy" else paid(replies, settings)
     valid = validity(replies, settings)
     low = np.where(valid, judged, np.inf).min(-1)
     high = np.where(valid, judged, -np.inf).max(-1)
@@ -315,10 +324,10 @@ def trees(
 # Metrics ----------------------------------------------------------------------------------------
 
 
-def reply_metrics(seen: Replies) -> dict[str, float]:
+def reply_metrics(seen: Replies, settings: Settings) -> dict[str, float]:
     """Rewards and lengths of every reply sampled, before the filter: the filter would flatter."""
     asked = seen.asked
-    groups = seen.total[asked]  # [groups, G]
+    groups = paid(seen, settings)[asked]  # [groups, G]
     length, ended = seen.length[asked], seen.ended[asked]
     out = {
         "reward": groups.mean(),
