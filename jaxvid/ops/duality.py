@@ -68,8 +68,9 @@ def duality_ref(
     lonely: str,
     scope: str,
 ) -> Advantages:
-    """The definition, in XLA."""
-    first = lambda x: jnp.swapaxes(x, 0, 1).astype(jnp.float32)
+    """The definition, in XLA. float32, or float64 where the rewards are."""
+    dtype = jnp.promote_types(jnp.result_type(rewards), jnp.float32)
+    first = lambda x: jnp.swapaxes(x, 0, 1).astype(dtype)
     return _unpack(_compute(first(rewards), first(valid), normalise, std, eps, lonely, scope))
 
 
