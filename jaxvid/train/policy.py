@@ -256,9 +256,10 @@ def sample(
 
 
 def validity(replies: Replies, settings: Settings) -> Bool[np.ndarray, "pairs 2 G"]:
-    """Which replies count in their group and in the loss."""
-    asked = np.broadcast_to(replies.asked[..., None], replies.ended.shape)
-    return asked & replies.ended if settings.mask_truncated else asked.copy()
+    """Which replies count in their group and in the loss. One whose reward is not finite does not;
+    the metric `reward` of its update is then not finite either."""
+    paid = replies.asked[..., None] & np.isfinite(replies.total)
+    return paid & replies.ended if settings.mask_truncated else paid
 
 
 def survivors(replies: Replies, settings: Settings) -> Bool[np.ndarray, "pairs"]:
