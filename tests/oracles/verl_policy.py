@@ -24,6 +24,7 @@ import verl
 from omegaconf import OmegaConf
 from verl import DataProto
 from verl.trainer.ppo import core_algos
+from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
 from verl.workers.config import FSDPActorConfig
 from verl.workers.reward_manager.dapo import DAPORewardManager
 
@@ -79,9 +80,10 @@ def loss(draw, settings):
     info = {"loss_scale_factor": LIMIT} if mode == NORM else {}
     config.global_batch_info.update(info)
     weights, old = None, double(draw["old"])
-    if cap := settings.get("cap"):  # verl's truncated weight; it has no rule for NaN
-        diff = np.where(np.isnan(draw["sampled"]), 0.0, draw["old"] - draw["sampled"])
-        weights = double(np.minimum(np.exp(diff.astype(np.float64)), cap))
+    if cap := settings.get("cap"):  # verl has no rule for NaN: the ratio given to it is 1 there
+        diff = double(draw["old"]) - double(draw["sampled"])
+        diff = torch.where(torch.isnan(diff), 0.0, diff)
+        weights, _ = compute_rollout_correction_weights(diff, mask, "token", cap)
     adv = double(draw["adv"])[:, None].expand_as(mask)
     function = core_algos.get_policy_loss_fn(settings["loss"])
     value, _ = function(old, logp, adv, mask, mode, config, weights)
