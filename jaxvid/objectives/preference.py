@@ -138,9 +138,9 @@ class PDPO:
         "hard"  a = 1[p > p'], and pairs with p = p' are dropped
         "soft"  a = sigmoid((p - p') / mu); a tie is kept at 1/2, and has no preferred side
 
-    An update of ties alone has no loss, and is skipped as one that is not finite. a is a label and
-    never a weight. Pairs of whole replies (p of 1 and 0) train beside pairs of
-    steps with the same loss; with hard labels a batch of them is DPO's, to the letter.
+    a is a label and never a weight. An update of ties alone has no loss, and is skipped as one that
+    is not finite. Pairs of whole replies (p of 1 and 0) train beside pairs of steps with the same
+    loss; with hard labels a batch of them is DPO's, to the letter.
     """
 
     beta: float = 0.1
