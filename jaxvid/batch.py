@@ -54,10 +54,12 @@ class Branches(NamedTuple):
     pair: Int[Array, "B M"]  # index of its pair in the batch; -1 is padding
     side: Int[Array, "B M"]  # 0 real, 1 counterfactual
     branch: Int[Array, "B M"]  # index within its group
-    mate: Int[Array, "B M"]  # preference: on a rejected branch, the slot of its chosen one; else 0
+    mate: Int[Array, "B M"]  # preference: on a rejected branch, the slot of its chosen one; else 0;
+    #   pDPO: on one alternative of a step, or on both, the slot of the other
     axis: Int[Array, "B M"]  # preference axis: 0 none, 1 spatial, 2 temporal, 3 cross-frame
     weight: Float[Array, "B M"]  # weight in the loss; 0 is padding or context only
     advantage: Float[Array, "B M"]  # policy objectives
+    value: Float[Array, "B M"]  # pDPO: expected correctness in [0, 1]; a finished reply has 1 or 0
 
 
 class Batch(NamedTuple):

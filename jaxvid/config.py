@@ -22,7 +22,7 @@ from jaxvid.models import hf, qwen25vl
 from jaxvid.models.layers import Compute
 from jaxvid.objectives.advantages import DAPO, GRPO, DrGRPO, Duality
 from jaxvid.objectives.policy import Policy
-from jaxvid.objectives.preference import DPO
+from jaxvid.objectives.preference import DPO, PDPO
 from jaxvid.objectives.sft import SFT
 from jaxvid.rollout.sampler import Sampling
 from jaxvid.train import loop
@@ -84,7 +84,7 @@ class SFTRun(Run):
 class PreferenceRun(Run):
     """Preferences against a frozen reference, scored in the same step."""
 
-    objective: DPO = DPO()
+    objective: DPO | PDPO = DPO()
     reference: str = ""  # model folder; "" is the model this run starts from
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -139,3 +140,17 @@ def spread(
     many = lambda x: not all(n is None or isinstance(n, str) for n in x)
     out_specs = tuple(map(spec, outs)) if many(outs) else spec(outs)
     return jax.shard_map(f, in_specs=tuple(map(spec, ins)), out_specs=out_specs, check_vma=False)
+
+
+def at_rest(x: jax.Array) -> jax.Array:
+    """Pin one device's part of a matrix, and of its gradient, to the memory layout that TPUs keep
+    such arguments in: the side that fills lanes of 128 lies innermost. No-op on other platforms.
+
+    A sparse gradient comes laid out otherwise; unpinned, the compiler copies the parameter and both
+    moments to that layout and back instead of the gradient alone (0.7 GiB of a 7B step).
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None or device.platform != "tpu":
+        return x
+    filled = x.shape[1] % 128 == 0 or x.shape[0] % 128 != 0
+    return with_layout_constraint(x, Layout((0, 1) if filled else (1, 0)))

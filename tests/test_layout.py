@@ -68,6 +68,7 @@ def build(groups, first=1000):
                         mate=1 if i else 0,
                         weight=0.5 + i,
                         advantage=float(token),
+                        value=token / 1024,
                         old=tokens[flags] / 2.0,
                         sampled=tokens[flags] / 4.0,
                         parent=parent,
@@ -156,6 +157,7 @@ def test_what_travels_with_a_token_is_its_trees(groups):
                     assert batch.branches.axis[row, m] == b.axis
                     assert batch.branches.weight[row, m] == b.weight
                     assert batch.branches.advantage[row, m] == b.advantage
+                    assert batch.branches.value[row, m] == b.value
                     assert batch.old[row, s] == x.targets[row, s] / 2.0
                     assert batch.sampled[row, s] == x.targets[row, s] / 4.0
                     mate = batch.branches.mate[row, m]

@@ -214,6 +214,7 @@ def test_preferences_name_their_mates(world):
     np.testing.assert_array_equal(table.side[:6], [0, 0, 0, 1, 1, 1])
     np.testing.assert_array_equal(table.mate[:6], [0, 1, 1, 0, 4, 4])
     np.testing.assert_array_equal(table.axis[:6], [0, 1, 0, 0, 1, 0])
+    np.testing.assert_array_equal(table.value[:6], [1, 0, 0, 1, 0, 0])
     said = replies(batch, world[2])
     assert said[0, 0] == said[0, 1] == ["down", "up", "no"]
 

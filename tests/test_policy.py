@@ -97,6 +97,18 @@ def test_a_side_that_was_not_asked_is_no_dead_group():
     assert "rewards/correct/counterfactual" not in policy.reply_metrics(found, Settings())
 
 
+def test_a_reply_without_a_finite_reward_leaves_group_and_loss():
+    found = replies([[[0, 1, 1], [0, 0, 1]]])
+    found.total[0, 0, 1] = np.nan
+    valid = policy.validity(found, Settings())
+    assert valid.tolist() == [[[True, False, True], [True, True, True]]]
+    advantage = Duality()(found.total, valid).advantage
+    assert np.isfinite(advantage).all() and not advantage[0, 0, 1]
+    ((tree, _),) = policy.trees(found, np.asarray(advantage), valid)
+    assert [b.weight for b in tree.branches] == [1, 0, 1]
+    assert np.isnan(policy.reply_metrics(found, Settings())["reward"])
+
+
 def test_metrics_by_hand():
     found = replies([[[0, 1], [1, 1]], [[0, 0], [0, 1]]], ended=[[[1, 1], [1, 0]]] * 2)
     m = policy.reply_metrics(found, Settings())

@@ -36,10 +36,11 @@ class Branch(NamedTuple):
     pair: int = -1
     side: int = 0
     branch: int = 0
-    mate: int = 0  # 1 + index, within the tree, of the chosen branch; 0 none
+    mate: int = 0  # 1 + index, within the tree, of the branch it is compared with; 0 none
     axis: int = 0
     weight: float = 1.0
     advantage: float = 0.0
+    value: float = 0.0
     old: Float[np.ndarray, "s"] | None = None  # one number per scored token
     ref: Float[np.ndarray, "s"] | None = None
     sampled: Float[np.ndarray, "s"] | None = None
@@ -357,7 +358,8 @@ def empty(budget: Budget, channels: int) -> Batch:
         TokenBatch(ints(T), ints(3, T), ints(T), ints(T), ints(T), ints(S), ints(S), ints(S)),
         VisionBatch(np.zeros((B, E, Q, channels), np.uint8), ints(E, Q, 2), ints(E, Q)),
         Branches(
-            ints(M) - 1, ints(M) - 1, ints(M), ints(M), ints(M), ints(M), floats(M), floats(M)
+            *(ints(M) - 1, ints(M) - 1, ints(M), ints(M), ints(M), ints(M)),
+            *(floats(M), floats(M), floats(M)),
         ),
         floats(S),
         floats(S),
@@ -402,7 +404,7 @@ def _write_column(table: Branches, row: int, column: int, b: Branch, first: int)
     table.record[at], table.pair[at], table.side[at] = b.record, b.pair, b.side
     table.branch[at], table.axis[at] = b.branch, b.axis
     table.mate[at] = first + b.mate if b.mate else 0
-    table.weight[at], table.advantage[at] = b.weight, b.advantage
+    table.weight[at], table.advantage[at], table.value[at] = b.weight, b.advantage, b.value
 
 
 def _media_index(tree: Tree, first_frame: int, q_row: int) -> Int[np.ndarray, "p"]:

@@ -248,6 +248,7 @@ class Builder:
                         mate=chosen if r.role == "rejected" else 0,
                         axis=records.AXES.index(r.axis),
                         weight=e.weight,
+                        value=float(r.role == "chosen"),
                         parent=parent,
                     )
                 )

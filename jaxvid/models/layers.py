@@ -95,7 +95,7 @@ def lookup(
         on["embed"] = ()
 
     def find(table, tokens):
-        width, vocab = on["embed"], on["vocab"]
+        table, width, vocab = sharding.at_rest(table), on["embed"], on["vocab"]
         if width:
             tokens = jax.lax.all_gather(tokens, width, axis=0, tiled=True)
         if vocab:
@@ -154,6 +154,9 @@ def scan(body, carry, modules: nnx.Module, extras, compute: Compute):
 
     def layer(carry, scanned):
         w, extra = scanned
+        if compute.dtype != "float32":
+            # else the compiler casts the weights of all layers before the first and keeps them
+            w = jax.lax.optimization_barrier(w)
         return body(carry, nnx.merge(graph, w), extra)
 
     if compute.remat:

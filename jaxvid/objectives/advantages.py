@@ -1,16 +1,36 @@
 """From the rewards of groups to advantages: what a recipe names, computed by ops.duality.
 
 `valid` marks branches that count; rewards of pairs [pairs, 2, G], side 0 real, 1 counterfactual.
-`pair_reward` is added to both of the branches i of a pair that are both `correct`.
+`pair_reward` is added to both of the branches i of a pair that are both `correct`. A branch whose
+reward is not finite leaves its group, and the others have the advantages they would have without
+it.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from jaxvid.ops import duality as op
 from jaxvid.ops.duality import Advantages, duality
+
+Rewards = Float[Array | np.ndarray, "pairs 2 G"]
+Flags = Bool[Array | np.ndarray, "pairs 2 G"]
+
+
+@functools.partial(jax.jit, static_argnames="eps")
+def by_batch(rewards: Rewards, valid: Flags, eps: float) -> Advantages:
+    """R - mean of its group, over the sample std of all valid rewards + eps."""
+    valid = valid & jnp.isfinite(rewards)
+    found = duality(rewards, valid, normalise="none", std="none")
+    n = jnp.maximum(valid.sum(), 1)
+    centred = jnp.where(valid, rewards - jnp.where(valid, rewards, 0.0).sum() / n, 0.0)
+    scale = jnp.sqrt((centred**2).sum() / jnp.maximum(n - 1, 1)) + eps
+    return found._replace(advantage=found.advantage / scale, signal=found.signal / scale)
 
 
 @dataclass(frozen=True)
@@ -24,9 +44,9 @@ class Duality:
 
     def __call__(
         self,
-        rewards: Float[Array | np.ndarray, "pairs 2 G"],
-        valid: Bool[Array | np.ndarray, "pairs 2 G"],
-        correct: Bool[Array | np.ndarray, "pairs 2 G"] | None = None,
+        rewards: Rewards,
+        valid: Flags,
+        correct: Flags | None = None,
         pair_reward: float = 0.0,
     ) -> Advantages:
         return duality(
@@ -43,27 +63,28 @@ class Duality:
 
 @dataclass(frozen=True)
 class GRPO:
-    """(R - mean) / (std + eps) within each group (https://arxiv.org/abs/2402.03300)."""
+    """(R - mean) / (std + eps) within each group (https://arxiv.org/abs/2402.03300).
 
-    std: Literal["sample", "population"] = "sample"
+    std "batch" is the sample std of all rewards of the update, with the mean still the group's
+    (https://arxiv.org/abs/2508.08221): a group that is nearly all right or wrong is not blown up.
+    """
+
+    std: Literal["sample", "population", "batch"] = "sample"
     eps: float = 1e-6
 
     def __call__(
         self,
-        rewards: Float[Array | np.ndarray, "pairs 2 G"],
-        valid: Bool[Array | np.ndarray, "pairs 2 G"],
-        correct: Bool[Array | np.ndarray, "pairs 2 G"] | None = None,
+        rewards: Rewards,
+        valid: Flags,
+        correct: Flags | None = None,
         pair_reward: float = 0.0,
     ) -> Advantages:
-        return duality(
-            rewards,
-            valid,
-            correct,
-            normalise="none",
-            std=self.std,
-            eps=self.eps,
-            pair_reward=pair_reward,
-        )
+        if self.std == "batch":
+            if pair_reward:
+                rewards = rewards + op.pair_reward(correct, valid, pair_reward)
+            return by_batch(rewards, valid, self.eps)
+        settings = dict(std=self.std, eps=self.eps, pair_reward=pair_reward)
+        return duality(rewards, valid, correct, normalise="none", **settings)
 
 
 @dataclass(frozen=True)
@@ -78,9 +99,9 @@ class DrGRPO:
 
     def __call__(
         self,
-        rewards: Float[Array | np.ndarray, "pairs 2 G"],
-        valid: Bool[Array | np.ndarray, "pairs 2 G"],
-        correct: Bool[Array | np.ndarray, "pairs 2 G"] | None = None,
+        rewards: Rewards,
+        valid: Flags,
+        correct: Flags | None = None,
         pair_reward: float = 0.0,
     ) -> Advantages:
         return duality(

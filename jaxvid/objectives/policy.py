@@ -28,7 +28,8 @@ def kl(
 ) -> Float[Array, "*n"]:
     """Estimates of KL(pi || ref) per token (http://joschu.net/blog/kl-approx.html), d = ref - logp:
     k1 -d; k2 d^2 / 2; k3 e^d - d - 1, >= 0 (eq. 4 of https://arxiv.org/abs/2402.03300). k3 is held
-    within 10, as verl does."""
+    within 10, as verl does. The gradient is that of the estimate itself, as in TRL and verl: in
+    expectation over pi that of k2 is KL's, k1's is 0, and k3's is that of KL(ref || pi)."""
     if kind == "k1":
         return logp - ref
     if kind == "k2":

@@ -308,7 +308,7 @@ def _backward(hidden, table, targets, lse, mean, d_logp, d_entropy, plan):
         d_hidden = jax.lax.psum(d_hidden, plan.vocab)
     if rest := tuple(a for a in plan.rows if a not in plan.width):
         d_table = jax.lax.psum(d_table, rest)
-    return d_hidden.reshape(shape).astype(hidden.dtype), d_table
+    return d_hidden.reshape(shape).astype(hidden.dtype), sharding.at_rest(d_table)
 
 
 def _kl(hidden, other, table, plan):
