@@ -55,6 +55,15 @@ def spec(axes: tuple[str, ...], rules=RULES) -> P:
     return P(*(rules[a] for a in axes))
 
 
+def _fitting(shape: tuple[int, ...], names: Names, mesh: Mesh | AbstractMesh, rules) -> P:
+    """The spec of an array; a dimension that does not divide over its mesh axis is replicated."""
+    splits = lambda d, n: n is not None and mesh.shape[n] > 1 and d % mesh.shape[n] == 0
+    fits = [n if splits(d, n) else None for d, n in zip(shape, spec(names, rules))]
+    while fits and fits[-1] is None:  # as the compiler writes it, so that layouts compare equal
+        fits.pop()
+    return P(*fits)
+
+
 def parameter_shardings(params: nnx.State, mesh: Mesh | AbstractMesh, rules=RULES) -> nnx.State:
     """Shardings of an (abstract) parameter tree. Axes missing on the left are stacked layers.
 
@@ -66,14 +75,24 @@ def parameter_shardings(params: nnx.State, mesh: Mesh | AbstractMesh, rules=RULE
         missing = len(v.shape) - len(axes)
         if missing not in (0, 1):
             raise ValueError(f"{jax.tree_util.keystr(path)}: shape {v.shape} but axes {axes}")
-        names = spec(("layers",) * missing + axes, rules)
-        splits = lambda d, n: n is not None and mesh.shape[n] > 1 and d % mesh.shape[n] == 0
-        fits = [n if splits(d, n) else None for d, n in zip(v.shape, names)]
-        while fits and fits[-1] is None:  # as the compiler writes it, so that layouts compare equal
-            fits.pop()
-        return v.replace(NamedSharding(mesh, P(*fits)))
+        names = ("layers",) * missing + axes
+        return v.replace(NamedSharding(mesh, _fitting(v.shape, names, mesh, rules)))
 
     return jax.tree.map_with_path(of, params, is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+
+def pin_weight(w: jax.Array, axes: tuple[str, ...], *, whole: bool, rules=RULES) -> jax.Array:
+    """A weight (or its gradient) where it lies; `whole`: gathered over the width, for a product.
+
+    Left to itself the compiler turns the product of split weights into a loop of sends, which holds
+    several copies of them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return w
+    if whole:
+        rules = rules | {"embed": None}
+    return jax.lax.with_sharding_constraint(w, _fitting(w.shape, axes, mesh, rules))
 
 
 def row_sharding(mesh: Mesh, rows: int, leading: int = 0, rules=RULES) -> NamedSharding:

@@ -1,6 +1,7 @@
 """The layers every model here is made of. A weight says its shape and its logical axes once."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -28,21 +29,27 @@ class Compute:
             raise ValueError(f"unroll={self.unroll} must be at least 1")
 
 
-@jax.custom_vjp
-def matmul(x: Float[Array, "R I"], w: Float[Array, "I O"]) -> Float[Array, "R O"]:
-    """x w in x's dtype. Its derivative is written out because the automatic one multiplies
-    transposed copies on CPU (1.7x the time of an MLP), and to have w's gradient in float32."""
-    return x @ w.astype(x.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: Float[Array, "R I"], w: Array, axes: tuple[str, ...]) -> Float[Array, "R O"]:
+    """x w in x's dtype; w[inputs + outputs] has the logical `axes`. Its derivative is written out
+    because the automatic one multiplies transposed copies on CPU (1.7x the time of an MLP), to have
+    w's gradient in float32, and to leave it where w lies. w is gathered as it is multiplied, in
+    x's dtype."""
+    return x @ _whole(x, w, axes)
 
 
-def _matmul_forward(x, w):
-    return matmul(x, w), (x, w)
+def _whole(x, w, axes):
+    return sharding.pin_weight(w.astype(x.dtype), axes, whole=True).reshape(x.shape[1], -1)
 
 
-def _matmul_backward(kept, dy):
+def _matmul_forward(x, w, axes):
+    return matmul(x, w, axes), (x, w)
+
+
+def _matmul_backward(axes, kept, dy):
     x, w = kept
-    dw = jnp.matmul(x.T, dy, preferred_element_type=w.dtype)
-    return dy @ w.T.astype(dy.dtype), dw
+    dw = jnp.matmul(x.T, dy, preferred_element_type=w.dtype).reshape(w.shape)
+    return dy @ _whole(x, w, axes).T, sharding.pin_weight(dw, axes, whole=False)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -62,7 +69,7 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.contracted = len(inputs)
-        names = tuple(axes.split())
+        self.axes = names = tuple(axes.split())
         std = scale / math.sqrt(math.prod(inputs))  # LeCun's: the output has the input's variance
         w = std * jax.random.normal(rngs.params(), inputs + outputs, jnp.float32)
         self.w = nnx.Param(w, axes=names)
@@ -74,7 +81,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Array) -> Array:
         w, n = self.w[...], self.contracted
         rows, inputs, outputs = x.shape[: x.ndim - n], math.prod(w.shape[:n]), w.shape[n:]
-        y = matmul(x.reshape(-1, inputs), w.reshape(inputs, -1))
+        y = matmul(x.reshape(-1, inputs), w, self.axes)
         if self.b is not None:
             y = y + self.b[...].astype(x.dtype).reshape(1, -1)
         return y.reshape(*rows, *outputs)
