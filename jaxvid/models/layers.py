@@ -39,6 +39,9 @@ def matmul(x: Float[Array, "R I"], w: Array, axes: tuple[str, ...]) -> Float[Arr
 
 
 def _whole(x, w, axes):
+    if x.dtype == jnp.bfloat16:
+        # A plain cast is moved out of the loop over layers, and a second copy of all weights kept.
+        w = jax.lax.reduce_precision(w, exponent_bits=8, mantissa_bits=7)
     return sharding.pin_weight(w.astype(x.dtype), axes, whole=True).reshape(x.shape[1], -1)
 
 
@@ -161,9 +164,6 @@ def scan(body, carry, modules: nnx.Module, extras, compute: Compute):
 
     def layer(carry, scanned):
         w, extra = scanned
-        if compute.dtype != "float32":
-            # else the compiler casts the weights of all layers before the first and keeps them
-            w = jax.lax.optimization_barrier(w)
         return body(carry, nnx.merge(graph, w), extra)
 
     if compute.remat:
