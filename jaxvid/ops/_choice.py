@@ -1,6 +1,6 @@
 """Which implementation `impl=None` means."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 
@@ -14,13 +14,19 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def choose(impl: Impl | None, fits: bool = True) -> Impl:
+def placed() -> bool:
+    """Whether an op may call a kernel. Several devices need a mesh in context, over which the op
+    spreads it: the compiler cannot split a kernel by itself."""
+    return jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
+
+
+def choose(impl: str | None, fits: bool = True) -> Impl:
     """Pallas on TPUs where the shape fits, else XLA.
 
-    Several devices need a mesh in context, over which an op spreads its kernel: the compiler cannot
-    split a kernel by itself.
+    Raises ValueError for a name that is none of these.
     """
-    if impl is not None:
-        return impl
-    placed = jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
-    return "pallas" if platform() == "tpu" and fits and placed else "xla"
+    if impl is None:
+        return "pallas" if platform() == "tpu" and fits and placed() else "xla"
+    if impl not in get_args(Impl):
+        raise ValueError(f"no impl={impl!r} here; there are {get_args(Impl)}, and None chooses")
+    return impl

@@ -7,16 +7,20 @@
                                  and, with a sliding window, depth[i] - depth[j] < window
 
 Grouped queries: N query heads share K kv heads, query head n reads kv head n // (N / K). A query
-that sees nothing (padding) gives zeros and no gradient. The Pallas kernel is in _flash.py.
+that sees nothing (padding) gives zeros and no gradient. The Pallas kernel is in _flash.py, the
+calls of cuDNN are in _parts.py.
 In order: reference, the tree's lower triangle, long rows, one device, public function, decoding.
 """
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxvid import sharding
-from jaxvid.ops._choice import Impl, choose
+from jaxvid.ops import _parts
+from jaxvid.ops._choice import Impl, choose, placed, platform
 from jaxvid.ops._flash import HIDDEN, LANES, Facts, flash
 
 LONG = 2048  # longer rows never hold [N, T, T]
@@ -119,6 +123,12 @@ def _blocks(q, k, v, queries, keys, window):
 # ---- one device's part
 
 
+def _deep(q, k, v, end):
+    """Rows of more levels or branches than cuDNN's parts hold."""
+    facts = _facts(end, None, None, None)
+    return _blocks(q, k, v, facts, facts, 0)
+
+
 def _here(q, k, v, facts, window, impl, context, ordered):
     """`context` names the mesh axes over which the tokens of a row are split: every device has the
     queries of its own tokens and gathers the keys of all of them."""
@@ -126,6 +136,8 @@ def _here(q, k, v, facts, window, impl, context, ordered):
     if context:
         gather = lambda x: jax.lax.all_gather(x, context, axis=1, tiled=True)
         k, v, keys = jax.tree.map(gather, (k, v, keys))
+    if impl == "cudnn":
+        return _parts.tree(q, k, v, facts.end, _deep)
     if impl != "xla":
         return flash(q, k, v, facts, keys, window, impl == "interpret")
     T, S = q.shape[1], k.shape[1]
@@ -144,6 +156,20 @@ def _copy_heads(k, v, on):
         return k, v, on | {"heads": ()}
     copy = lambda x: jnp.repeat(x, devices // K, axis=2)
     return copy(k), copy(v), on
+
+
+def _choose(impl, q, on, masked, plain):
+    """`plain`: a tree mask without a window, over tokens in order."""
+    if impl != "cudnn" and (impl is not None or platform() not in ("gpu", "cuda")):
+        return choose(impl, masked and q.shape[1] >= LANES)
+    why = "takes `end` alone, on rows that are not split"
+    if plain and not on["tokens"]:
+        why = _parts.refusal(q.dtype, q.shape[-1], q.size // sharding.ways(on["rows"]))
+    if impl is None:
+        return "xla" if why or q.shape[1] < LANES or not placed() else "cudnn"
+    if why:
+        raise ValueError(f"attention by cuDNN {why}; use impl=None or 'xla'")
+    return impl
 
 
 def _check(q, k, end, segment, depth, window):
@@ -172,7 +198,7 @@ def attention(
     depth: Int[Array, "B T"] | None = None,
     index: Int[Array, "B T"] | None = None,
     window: int = 0,
-    impl: Impl | None = None,
+    impl: Impl | Literal["cudnn"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention, softmax in float32.
 
@@ -183,22 +209,25 @@ def attention(
     On a mesh rows, heads and, over an axis `context`, tokens are split as `sharding.RULES` says.
     There the tokens of a row may stand in any order that suits the devices: `index` carries their
     places in the row as `end` counts them. Left out, they stand in order.
-    `impl=None` is Pallas on TPUs for rows of LANES and more under a mask, else XLA.
-    Raises ValueError for head counts and masks that do not fit together.
+    `impl=None` is Pallas on TPUs for rows of LANES and more under a mask, cuDNN on GPUs that have
+    it for such rows under a tree mask without a window (in bfloat16 or float16), else XLA.
+    Raises ValueError for head counts and masks that do not fit together, and for a named `impl`
+    that cannot run.
     """
     _check(q, k, end, segment, depth, window)
     if index is not None and end is None:
         raise ValueError("`index` says where tokens stand in a tree; it needs `end`")
     masked = end is not None or segment is not None
-    impl = choose(impl, masked and q.shape[1] >= LANES)
+    (B, T, N, _), K = q.shape, k.shape[2]
+    on = sharding.splits({"rows": B, "tokens": T, "heads": N, "kv_heads": K})
+    plain = end is not None and index is None and not window
+    impl = _choose(impl, q, on, masked, plain)
     if not masked:
         if impl != "xla":
             raise ValueError(
                 "the attention kernel needs `end` or `segment`; use impl='xla' or None"
             )
         return _attend(q, k, v, None)
-    (B, T, N, _), K = q.shape, k.shape[2]
-    on = sharding.splits({"rows": B, "tokens": T, "heads": N, "kv_heads": K})
     if on["heads"] != on["kv_heads"]:
         k, v, on = _copy_heads(k, v, on)
     heads = ("rows", "tokens", "heads", None)
