@@ -28,8 +28,8 @@ def test_logprob_in_blocks_is_the_reference(block, temperature, axis, impl):
 
 def test_logprob_kernel_over_several_tiles(monkeypatch):
     """Three tiles of tokens, of words (the last one partial) and of width."""
-    for name in ("TOKENS", "WORDS", "WIDTH"):
-        monkeypatch.setattr(module, name, 128)
+    for name, size in (("TOKENS", 128), ("WORDS", 128), ("WIDTH", 512)):
+        monkeypatch.setattr(module, name, size)
     hidden, unembed = normal(0, 1, 300, 384), normal(1, 700, 384) / 8
     targets = jnp.arange(300)[None] * 7 % 700
     ours = lambda h, u: logprob(h, u, targets, block=350, impl="interpret")
@@ -59,16 +59,18 @@ def test_logprob_on_a_mesh_is_that_on_one_device(shape, impl):
     assert "f32[48,128]" not in text or shape == (1, 1, 8)  # the table is never whole
 
 
-def test_kl_is_the_reference():
-    hidden, other, unembed = normal(0, 8, 5, 16), normal(3, 8, 5, 16), normal(1, 40, 16)
+@pytest.mark.parametrize("impl", ["xla", "interpret"])
+def test_kl_is_the_reference(impl):
+    hidden, other, unembed = normal(0, 8, 5, 128), normal(3, 8, 5, 128), normal(1, 40, 128) / 8
     want = kl_ref(hidden, other, unembed, 0.7)
-    close(kl(hidden, other, unembed, temperature=0.7, block=7), want, 1e-5)
-    close(kl(hidden, other, unembed.T, temperature=0.7, block=64, vocab_axis=1), want, 1e-5)
-    close(kl(hidden, hidden, unembed), jnp.zeros((8, 5)), 1e-6)
+    run = lambda *x, **more: kl(*x, temperature=0.7, impl=impl, **more)
+    close(run(hidden, other, unembed, block=7), want, 1e-5)
+    close(run(hidden, other, unembed.T, block=64, vocab_axis=1), want, 1e-5)
+    close(run(hidden, hidden, unembed), jnp.zeros((8, 5)), 1e-6)
     with jax.set_mesh(sharding.make_mesh(2, 2, 2)):
-        run = jax.jit(lambda *x: kl(*x, temperature=0.7, block=7))
-        close(run(hidden, other, unembed), want, 1e-5)
-        assert not jax.grad(lambda h: run(h, other, unembed).sum())(hidden).any()
+        spread = jax.jit(lambda *x: run(*x, block=7))
+        close(spread(hidden, other, unembed), want, 1e-5)
+        assert not jax.grad(lambda h: spread(h, other, unembed).sum())(hidden).any()
 
 
 def test_logprob_of_a_uniform_table():

@@ -107,15 +107,16 @@ class _Sums(NamedTuple):
 # states' type: the two products that follow are plain ones, which the compiler does as well.
 
 
-def _products(w, x, sums):
-    """Adds this step's part of the width to the logits; whether they are complete."""
-
-    @pl.when(pl.program_id(2) == 0)
-    def _():
-        sums[...] = jnp.zeros(sums.shape, jnp.float32)
-
+def _products(w, streams, sums):
+    """Adds this part of the width to the logits of each stream; whether they are complete."""
     dims = (((1,), (1,)), ((), ()))
-    sums[...] += jax.lax.dot_general(w[...], x[...], dims, preferred_element_type=jnp.float32)
+    for x, total in zip(streams, sums):
+
+        @pl.when(pl.program_id(2) == 0)
+        def _(total=total):
+            total[...] = jnp.zeros(total.shape, jnp.float32)
+
+        total[...] += jax.lax.dot_general(w[...], x[...], dims, preferred_element_type=jnp.float32)
     return pl.program_id(2) == pl.num_programs(2) - 1
 
 
@@ -133,7 +134,7 @@ def _sums_kernel(at, w, x, target, out, sums, *, scale):
         out[...] = jnp.zeros(out.shape, jnp.float32)
         out[:1] = jnp.full((1, out.shape[1]), LOWEST, jnp.float32)
 
-    @pl.when(_products(w, x, sums))
+    @pl.when(_products(w, [x], [sums]))
     def _():
         z = sums[...] * scale
         word, new = _words(at, tile, z.shape)
@@ -147,10 +148,35 @@ def _sums_kernel(at, w, x, target, out, sums, *, scale):
         out[:1] = top
 
 
+def _kl_kernel(at, w, x, other, out, sums, sums_other, *, scale):
+    """Rows 0 to 2 as above for the first stream, weighted by z - z'; 3 and 4 for the second."""
+    tile = pl.program_id(1)
+
+    @pl.when((tile == 0) & (pl.program_id(2) == 0))
+    def _():
+        out[...] = jnp.zeros(out.shape, jnp.float32)
+        for i in (0, 3):
+            out[i : i + 1] = jnp.full((1, out.shape[1]), LOWEST, jnp.float32)
+
+    @pl.when(_products(w, [x, other], [sums, sums_other]))
+    def _():
+        z, y = sums[...] * scale, sums_other[...] * scale
+        _, new = _words(at, tile, z.shape)
+        for i, logits in ((0, z), (3, y)):
+            seen = jnp.where(new, logits, LOWEST)
+            top = jnp.maximum(out[i : i + 1], seen.max(0, keepdims=True))
+            p = jnp.where(new, jnp.exp(seen - top), 0.0)
+            shrink = jnp.exp(out[i : i + 1] - top)
+            out[i + 1 : i + 2] = out[i + 1 : i + 2] * shrink + p.sum(0, keepdims=True)
+            if i == 0:
+                out[2:3] = out[2:3] * shrink + (p * (z - y)).sum(0, keepdims=True)
+            out[i : i + 1] = top
+
+
 def _gradient_kernel(at, w, x, target, rows, out, sums, *, scale):
     tile = pl.program_id(1)
 
-    @pl.when(_products(w, x, sums))
+    @pl.when(_products(w, [x], [sums]))
     def _():
         z = sums[...] * scale
         word, new = _words(at, tile, z.shape)
@@ -166,20 +192,22 @@ def _tile(size, most, of):
     return max((t for t in range(of, min(size, most) + 1, of) if size % t == 0), default=of)
 
 
-def _launch(kernel, words, hidden, rows, at, plan, out):
-    """One kernel over tiles of (tokens, words, width). `rows` are facts of tokens [n, S]; `out` is
-    "rows" [8, S] or "logits" [words, S]."""
-    (V, D), S = words.shape, hidden.shape[0]
-    tokens = min(TOKENS, -(-S // LANES) * LANES)
+def _launch(kernel, words, streams, rows, at, plan, out):
+    """One kernel over tiles of (tokens, words, width). `streams` are hidden states [S, D], `rows`
+    facts of tokens [n, S]; `out` is "rows" [8, S] or "logits" [words, S]."""
+    (V, D), (S, _), dtype = words.shape, streams[0].shape, streams[0].dtype
+    tokens = min(TOKENS // len(streams), -(-S // LANES) * LANES)
     count = min(WORDS, -(-V // LANES) * LANES)
-    width = _tile(D, WIDTH // hidden.dtype.itemsize, LANES)
+    width = _tile(D, WIDTH // dtype.itemsize, LANES)
     pad = lambda x, n, axis: jnp.pad(x, [(0, n if i == axis else 0) for i in range(x.ndim)])
-    words, hidden = pad(words, -V % count, 0), pad(hidden, -S % tokens, 0)
+    words, streams = pad(words, -V % count, 0), [pad(x, -S % tokens, 0) for x in streams]
     rows = [pad(pad(x, SUBLANES - len(x), 0), -S % tokens, 1) for x in rows]
-    grid = (hidden.shape[0] // tokens, words.shape[0] // count, D // width)
+    padded = streams[0].shape[0]
+    grid = (padded // tokens, words.shape[0] // count, D // width)
     fact = pl.BlockSpec((SUBLANES, tokens), lambda s, v, d, at: (0, s))
     logits = pl.BlockSpec((count, tokens), lambda s, v, d, at: (v, s))
-    whole = (SUBLANES if out == "rows" else words.shape[0], hidden.shape[0])
+    stream = pl.BlockSpec((tokens, width), lambda s, v, d, at: (s, d))
+    whole = (SUBLANES if out == "rows" else words.shape[0], padded)
     result = pl.pallas_call(
         functools.partial(kernel, scale=1 / plan.temperature),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -187,19 +215,19 @@ def _launch(kernel, words, hidden, rows, at, plan, out):
             grid=grid,
             in_specs=[
                 pl.BlockSpec((count, width), lambda s, v, d, at: (v, d)),
-                pl.BlockSpec((tokens, width), lambda s, v, d, at: (s, d)),
+                *[stream] * len(streams),
                 *[fact] * len(rows),
             ],
             out_specs=fact if out == "rows" else logits,
-            scratch_shapes=[pltpu.VMEM((count, tokens), jnp.float32)],
+            scratch_shapes=[pltpu.VMEM((count, tokens), jnp.float32)] * len(streams),
         ),
-        out_shape=jax.ShapeDtypeStruct(whole, jnp.float32 if out == "rows" else hidden.dtype),
+        out_shape=jax.ShapeDtypeStruct(whole, jnp.float32 if out == "rows" else dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary")
         ),
         interpret=plan.impl == "interpret",
-    )(jnp.stack([*at, jnp.int32(V)]).astype(jnp.int32), words, hidden, *rows)
-    return result[:4, :S] if out == "rows" else result[:V, :S]
+    )(jnp.stack([*at, jnp.int32(V)]).astype(jnp.int32), words, *streams, *rows)
+    return result[:, :S] if out == "rows" else result[:V, :S]
 
 
 # ---- a block of words: [words, D] against hidden states [S, D]; `at` is (id of its first word,
@@ -208,7 +236,8 @@ def _launch(kernel, words, hidden, rows, at, plan, out):
 
 def _block_sums(words, hidden, targets, at, plan):
     if plan.impl != "xla":
-        return _Sums(*_launch(_sums_kernel, words, hidden, [targets[None]], at, plan, "rows"))
+        rows = _launch(_sums_kernel, words, [hidden], [targets[None]], at, plan, "rows")
+        return _Sums(*rows[:4])
     z = _logits(hidden, words, plan.temperature)
     row = jnp.arange(words.shape[0])
     new = (row >= at[1])[None]
@@ -225,7 +254,7 @@ def _block_gradient(words, hidden, targets, rows, at, plan):
     exact = jnp.promote_types(hidden.dtype, jnp.float32)
     dot = functools.partial(jnp.einsum, preferred_element_type=exact)
     if plan.impl != "xla":
-        args = (words, hidden, [targets[None], rows], at, plan, "logits")
+        args = (words, [hidden], [targets[None], rows], at, plan, "logits")
         dz = _launch(_gradient_kernel, *args)
         return dot("VS,VD->SD", dz, words), dot("VS,SD->VD", dz, hidden)
     z = _logits(hidden, words, plan.temperature)
@@ -318,6 +347,24 @@ def _backward(hidden, table, targets, lse, mean, d_logp, d_entropy, plan):
     return d_hidden.reshape(shape).astype(hidden.dtype), sharding.at_rest(d_table)
 
 
+def _block_kl(words, p, q, at, plan):
+    """Sums of both streams over a block; those of the first are weighted by z - z'."""
+    if plan.impl != "xla":
+        rows = _launch(_kl_kernel, words, [p, q], [], at, plan, "rows")
+        none = jnp.zeros_like(rows[0])
+        return _Sums(*rows[:3], none), _Sums(*rows[3:5], none, none)
+    z, y = (_logits(x, words, plan.temperature) for x in (p, q))
+    new = (jnp.arange(words.shape[0]) >= at[1])[None]
+
+    def of(logits, weight):
+        seen = jnp.where(new, logits, LOWEST)
+        top = seen.max(-1)
+        e = jnp.where(new, jnp.exp(seen - top[:, None]), 0.0)
+        return _Sums(top, e.sum(-1), (e * weight).sum(-1), jnp.zeros_like(top))
+
+    return of(z, z - y), of(y, 0.0)
+
+
 def _kl(hidden, other, table, plan):
     """One walk for both streams, [B, S]; sum_v p_v (z_v - z'_v) - lse(z) + lse(z')."""
     shape = hidden.shape[:2]
@@ -326,16 +373,7 @@ def _kl(hidden, other, table, plan):
 
     def step(sums, i):
         words, at, _ = block(i, p.dtype)
-        z, y = (_logits(x, words, plan.temperature) for x in (p, q))
-        new = (jnp.arange(words.shape[0]) >= at[1])[None]
-
-        def of(z, weight):
-            seen = jnp.where(new, z, LOWEST)
-            top = seen.max(-1)
-            e = jnp.where(new, jnp.exp(seen - top[:, None]), 0.0)
-            return _Sums(top, e.sum(-1), (e * weight).sum(-1), jnp.zeros_like(top))
-
-        return tuple(a.join(b) for a, b in zip(sums, (of(z, z - y), of(y, y)))), None
+        return tuple(a.join(b) for a, b in zip(sums, _block_kl(words, p, q, at, plan))), None
 
     sums = jax.lax.scan(step, (_start(p), _start(q)), jnp.arange(count))[0]
     a, b = (_over_vocab(s, plan) for s in sums)
@@ -431,14 +469,16 @@ def kl(
     temperature: float = 1.0,
     block: int = 8192,
     vocab_axis: int = 0,
+    impl: Impl | None = None,
 ) -> Float[Array, "B S"]:
     """KL(P || Q) at each token, over the whole vocabulary, of the distributions that two streams of
     hidden states give under one table: eq. of step selection in https://arxiv.org/abs/2502.11775.
 
-    Both are walked together, in blocks of words. Data: no gradient flows. XLA on every platform.
+    Both are walked together, in blocks of words. Data: no gradient flows. `impl`, errors and the
+    mesh as for `logprob`.
     """
     hidden, other, unembed = jax.lax.stop_gradient((hidden, other, unembed))
-    plan = _plan(hidden, unembed, vocab_axis, temperature, block, "xla")
+    plan = _plan(hidden, unembed, vocab_axis, temperature, block, impl)
     run = sharding.spread(
         lambda *x: _kl(*x, plan), (_HIDDEN, _HIDDEN, plan.table), _ROW, plan.placed
     )
