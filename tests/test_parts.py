@@ -165,6 +165,10 @@ def test_parts_of_a_row_by_hand():
     same(low.keys, [[2, 3, 1, 5, 1], [2, 2, 1, 1, 0]])
     same(last.start, [[T] * 5, [5, 7, T, T, T]])
     assert not last.owned[0].any()
+    (top, *_), depth = _parts.parts_of(jnp.full((2, T), 99), 3, 5)  # no segment leaves its row
+    same(depth, 1)
+    same(top.queries, [[T, 0, 0, 0, 0]] * 2)
+    same(top.keys, top.queries)
 
 
 def unused(q, k, v, end):
