@@ -206,8 +206,6 @@ def gpu(monkeypatch):
     """A machine with one Hopper GPU, whose cuDNN is the stand-in and takes float32."""
     monkeypatch.setattr(_parts, "CUDNN", STAND_IN)
     monkeypatch.setattr(_parts, "device", lambda: (9, _parts.VERSION))
-    monkeypatch.setattr(attention_module, "platform", lambda: "gpu")
-    monkeypatch.setattr(attention_module, "placed", lambda: True)
     monkeypatch.setattr(_parts, "DTYPES", ("float32",))
     monkeypatch.setattr(_parts, "LEVELS", 2)  # quick to compile
 
@@ -219,27 +217,14 @@ def used(**kwargs):
     return "custom_vjp_call" in str(jax.make_jaxpr(f)(q, k, v))
 
 
-def test_none_is_parts_on_gpus(gpu, monkeypatch):
+def test_parts_are_used_where_they_are_asked_for(gpu, monkeypatch):
     end = jnp.full((2, 128), 128)
-    assert used(end=end)
-    for kwargs in (
-        dict(segment=end),
-        dict(end=end, depth=end, window=4),
-        dict(end=end, index=end),
-        dict(end=end, impl="xla"),
-        {},
-    ):
-        assert not used(**kwargs)
-        if "impl" not in kwargs:
-            with pytest.raises(ValueError, match="by cuDNN takes `end` alone"):
-                used(**kwargs, impl="cudnn")
-    for name, of in [("platform", lambda: "cpu"), ("placed", lambda: False)]:
-        with monkeypatch.context() as patch:
-            patch.setattr(attention_module, name, of)
-            assert not used(end=end)
-            assert used(end=end, impl="cudnn")
+    assert used(end=end, impl="cudnn")
+    assert not used(end=end) and not used(end=end, impl="xla")
+    for kwargs in (dict(segment=end), dict(end=end, depth=end, window=4), dict(end=end, index=end)):
+        with pytest.raises(ValueError, match="by cuDNN takes `end` alone"):
+            used(**kwargs, impl="cudnn")
     monkeypatch.setattr(_parts, "device", lambda: (8, 92000))
-    assert not used(end=end)
     with pytest.raises(ValueError, match="needs compute capability 9 or 10.x .* got 8.x and 92000"):
         used(end=end, impl="cudnn")
 

@@ -14,19 +14,15 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def placed() -> bool:
-    """Whether an op may call a kernel. Several devices need a mesh in context, over which the op
-    spreads it: the compiler cannot split a kernel by itself."""
-    return jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
-
-
 def choose(impl: str | None, fits: bool = True) -> Impl:
     """Pallas on TPUs where the shape fits, else XLA.
 
-    Raises ValueError for a name that is none of these.
+    Several devices need a mesh in context, over which an op spreads its kernel: the compiler cannot
+    split a kernel by itself. Raises ValueError for a name that is none of these.
     """
     if impl is None:
-        return "pallas" if platform() == "tpu" and fits and placed() else "xla"
+        placed = jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
+        return "pallas" if platform() == "tpu" and fits and placed else "xla"
     if impl not in get_args(Impl):
         raise ValueError(f"no impl={impl!r} here; there are {get_args(Impl)}, and None chooses")
     return impl

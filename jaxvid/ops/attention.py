@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxvid import sharding
 from jaxvid.ops import _parts
-from jaxvid.ops._choice import Impl, choose, placed, platform
+from jaxvid.ops._choice import Impl, choose
 from jaxvid.ops._flash import HIDDEN, LANES, Facts, flash
 
 LONG = 2048  # longer rows never hold [N, T, T]
@@ -160,13 +160,11 @@ def _copy_heads(k, v, on):
 
 def _choose(impl, q, on, masked, plain):
     """`plain`: a tree mask without a window, over tokens in order."""
-    if impl != "cudnn" and (impl is not None or platform() not in ("gpu", "cuda")):
+    if impl != "cudnn":
         return choose(impl, masked and q.shape[1] >= LANES)
     why = "takes `end` alone, on rows that are not split"
     if plain and not on["tokens"]:
         why = _parts.refusal(q.dtype, q.shape[-1], q.size // sharding.ways(on["rows"]))
-    if impl is None:
-        return "xla" if why or q.shape[1] < LANES or not placed() else "cudnn"
     if why:
         raise ValueError(f"attention by cuDNN {why}; use impl=None or 'xla'")
     return impl
@@ -209,8 +207,9 @@ def attention(
     On a mesh rows, heads and, over an axis `context`, tokens are split as `sharding.RULES` says.
     There the tokens of a row may stand in any order that suits the devices: `index` carries their
     places in the row as `end` counts them. Left out, they stand in order.
-    `impl=None` is Pallas on TPUs for rows of LANES and more under a mask, cuDNN on GPUs that have
-    it for such rows under a tree mask without a window (in bfloat16 or float16), else XLA.
+    `impl=None` is Pallas on TPUs for rows of LANES and more under a mask, else XLA. "cudnn" is for
+    NVIDIA GPUs, under a tree mask without a window, in bfloat16 or float16; it has not been run on
+    one yet, so nobody gets it unasked.
     Raises ValueError for head counts and masks that do not fit together, and for a named `impl`
     that cannot run.
     """
