@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from arrays import close, normal, raceless, value_and_gradient
 
+from jaxvid import sharding
 from jaxvid.ops.policy_loss import importance, policy_loss, policy_loss_ref
 
 CLIP = dict(clip_low=0.2, clip_high=0.28)
@@ -36,6 +37,16 @@ def test_policy_loss_kernel_matches_reference(rows, tokens, dual_clip, cap):
     ref = lambda x: policy_loss_ref(x, old, adv, **settings)
     ker = lambda x: policy_loss(x, old, adv, **settings, impl="interpret")
     close(*(value_and_gradient(f, weight)(logp) for f in (ker, ref)), 1e-5)
+
+
+def test_policy_loss_kernel_on_a_mesh_takes_each_device_s_rows():
+    logp, old, adv = ratios(8, 50)
+    settings = dict(**CLIP, dual_clip=1.5, sampled=sampler(old), importance_cap=1.2)
+    weight = normal(5, 8, 50)
+    want = value_and_gradient(lambda x: policy_loss_ref(x, old, adv, **settings), weight)(logp)
+    with jax.set_mesh(sharding.make_mesh(2, 2, 2)):
+        run = lambda x: policy_loss(x, old, adv, **settings, impl="interpret")
+        close(value_and_gradient(run, weight)(logp), want, 1e-5)
 
 
 def by_hand(logp, old, adv, sampled, dual_clip, cap):

@@ -21,8 +21,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float
 
+from jaxvid import sharding
 from jaxvid.ops._choice import Impl, choose
-from jaxvid.sharding import RULES
 
 VMEM = 2**21  # bytes of one padded operand; the kernel holds about seven in fast memory
 
@@ -108,7 +108,7 @@ def _split(s: _Settings) -> tuple[str, ...]:
     if s.normalise == "none" or s.scope == "pair":
         return ()
     mesh = jax.sharding.get_abstract_mesh()
-    return tuple(a for a in RULES["rows"] if a in mesh.manual_axes)
+    return tuple(a for a in sharding.RULES["rows"] if a in mesh.manual_axes)
 
 
 def duality_ref(
@@ -157,11 +157,15 @@ def _pallas(rewards, valid, correct, settings, interpret):
     axes = _split(settings)
     inside = settings._replace(normalise="none") if axes else settings
     shape = lambda last: jax.ShapeDtypeStruct((2, pairs, last), jnp.float32)
-    found = pl.pallas_call(
+    launch = pl.pallas_call(
         functools.partial(_kernel, settings=inside),
-        out_shape=[shape(G), shape(1), shape(1)],
+        out_shape=(shape(G), shape(1), shape(1)),
         interpret=interpret,
-    )(*(_sides_first(x) for x in (rewards, valid, correct) if x is not None))
+    )
+    operands = [_sides_first(x) for x in (rewards, valid, correct) if x is not None]
+    # on a mesh every device does the whole batch: it is small, and the norm needs all of it
+    whole = (None,) * 3
+    found = sharding.spread(launch, (whole,) * len(operands), (whole,) * 3, {})(*operands)
     return _unpack(_balance(*found, settings, axes) if axes else found)
 
 
@@ -186,7 +190,7 @@ def duality(
     `lonely` is for a pair (or, with `scope="batch"`, a batch) in which one side has no signal:
     "keep" leaves the other side as it is (alpha 1), "halve" is the formula to the letter (alpha
     1/2), "drop" zeroes it. `scope="batch"` is the whole batch however it is split: under jit by
-    its sharding, in shard_map over the mesh's data axes. `impl=None` is Pallas on one TPU where
+    its sharding, in shard_map over the mesh's data axes. `impl=None` is Pallas on TPUs where
     the batch fits its fast memory, else XLA. float64 rewards are computed as such, in XLA alone.
     Raises ValueError for a pair reward without `correct`, and where a named kernel does not fit.
     """

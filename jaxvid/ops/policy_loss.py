@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from jaxvid import sharding
 from jaxvid.ops._choice import Impl, choose
 
 BLOCK = (64, 1024)  # rows and tokens of one kernel step; 256 KiB an operand
@@ -77,18 +78,26 @@ def _pallas(logp, old, adv, sampled, settings, interpret):
 
 
 def _pallas_fwd(logp, old, adv, sampled, settings, interpret):
-    """Every token is alone, so what a block at the edge reads beyond the array does no harm."""
     operands = [x.astype(jnp.float32) for x in (logp, old, adv, sampled) if x is not None]
-    tile = tuple(min(n, b) for n, b in zip(logp.shape, BLOCK))
+    on, row = sharding.splits({"rows": len(logp)}), ("rows", None)
+    launch = lambda *x: _launch(x, settings, interpret)
+    return sharding.spread(launch, (row,) * len(operands), (row,) * 2, on)(*operands)
+
+
+def _launch(operands, settings, interpret):
+    """(loss, gradient). Every token is alone, so what a block at the edge reads beyond the array
+    does no harm."""
+    shape = operands[0].shape
+    tile = tuple(min(n, b) for n, b in zip(shape, BLOCK))
     block = pl.BlockSpec(tile, lambda i, j: (i, j))
     names = ("clip_low", "clip_high", "dual_clip", "cap")
     return tuple(
         pl.pallas_call(
             functools.partial(_kernel, **dict(zip(names, settings))),
-            grid=tuple(-(-n // t) for n, t in zip(logp.shape, tile)),
+            grid=tuple(-(-n // t) for n, t in zip(shape, tile)),
             in_specs=[block] * len(operands),
             out_specs=[block] * 2,
-            out_shape=[jax.ShapeDtypeStruct(logp.shape, jnp.float32)] * 2,
+            out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32)] * 2,
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 2),
             interpret=interpret,
         )(*operands)
@@ -117,7 +126,7 @@ def policy_loss(
     """Loss per token, unreduced and unmasked; gradient to `logp` alone.
 
     `sampled` and `importance_cap` go together: the sampler's log-probs, NaN where not known (weight
-    1). `impl=None` is Pallas on one TPU, else XLA; float64 is computed as such, in XLA alone.
+    1). `impl=None` is Pallas on TPUs, else XLA; float64 is computed as such, in XLA alone.
     Raises ValueError for log-probs below float32, and for settings that do not fit each other.
     """
     if jnp.finfo(logp.dtype).bits < 32:
