@@ -21,12 +21,15 @@ class Compute:
     dtype: str = "float32"  # of activations; weights stay float32
     remat: bool = True  # recompute a layer in the backward pass instead of keeping its inside
     unroll: int = 1  # layers per iteration of the scan
+    chunk: int = 0  # tokens of a row that an MLP takes at a time, gathering weights anew; 0 is all
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is not known; choose one of {DTYPES}")
         if self.unroll < 1:
             raise ValueError(f"unroll={self.unroll} must be at least 1")
+        if self.chunk < 0:
+            raise ValueError(f"chunk={self.chunk} is a number of tokens; 0 takes all at once")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -148,6 +151,20 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+def in_chunks(f, x: Float[Array, "B T D"], chunk: int) -> Float[Array, "B T D"]:
+    """f(x), `chunk` tokens at a time (0: all at once), for an f that treats each token alone. What
+    f makes inside is recomputed in the backward pass and in memory for one chunk alone."""
+    B, T, D = x.shape
+    if not chunk or T <= chunk:
+        return f(x)
+    f = jax.checkpoint(f)
+    whole = T // chunk * chunk
+    parts = x[:, :whole].reshape(B, -1, chunk, D).swapaxes(0, 1)
+    _, y = jax.lax.scan(lambda _, part: (None, f(part)), None, parts)
+    y = y.swapaxes(0, 1).reshape(B, whole, D)
+    return y if whole == T else jnp.concatenate([y, f(x[:, whole:])], axis=1)
 
 
 def stack(build, layers: int, rngs: nnx.Rngs) -> nnx.Module:

@@ -115,9 +115,10 @@ class Config:
     dtype: str = "float32"  # of activations
     remat: bool = True
     unroll: int = 1
+    chunk: int = 0
 
     def __post_init__(self):
-        Compute(dtype=self.dtype, remat=self.remat, unroll=self.unroll)  # refuses what it must
+        _ = self.compute  # refuses what it must
         if self.text_after_video not in ("max", "hf5"):
             raise ValueError(f"text_after_video={self.text_after_video!r}; choose 'max' or 'hf5'")
         if self.vision.out != self.text.width:
@@ -128,7 +129,7 @@ class Config:
 
     @property
     def compute(self) -> Compute:
-        return Compute(dtype=self.dtype, remat=self.remat, unroll=self.unroll)
+        return Compute(dtype=self.dtype, remat=self.remat, unroll=self.unroll, chunk=self.chunk)
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "Config":
