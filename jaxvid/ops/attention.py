@@ -92,12 +92,16 @@ def _triangle(q, k, v, facts, window):
     later one, so 3/8 of the products need not be made."""
     T = q.shape[1]
     size = -(-T // PARTS)
+    if T > LONG:
+        size += -size % BLOCK
 
     def run(i):
         stop = min(i + size, T)
-        keys = facts.cut(0, stop)
-        mask = _mask(facts.cut(i, stop), keys, window)
-        return _attend(q[:, i:stop], k[:, :stop], v[:, :stop], mask)
+        some, keys = facts.cut(i, stop), facts.cut(0, stop)
+        part = q[:, i:stop], k[:, :stop], v[:, :stop]
+        if T > LONG:
+            return _blocks(*part, some, keys, window)
+        return _attend(*part, _mask(some, keys, window))
 
     return jnp.concatenate([run(i) for i in range(0, T, size)], axis=1)
 
@@ -141,10 +145,10 @@ def _here(q, k, v, facts, window, impl, context, ordered):
     if impl != "xla":
         return flash(q, k, v, facts, keys, window, impl == "interpret")
     T, S = q.shape[1], k.shape[1]
-    if max(T, S) > LONG:
-        return _blocks(q, k, v, facts, keys, window)
     if facts.end is not None and T >= SHORT and ordered and not context:
         return _triangle(q, k, v, facts, window)
+    if max(T, S) > LONG:
+        return _blocks(q, k, v, facts, keys, window)
     return _attend(q, k, v, _mask(facts, keys, window))
 
 

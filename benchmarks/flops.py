@@ -1,0 +1,72 @@
+"""FLOPs of the matrix products of a program, counted over its jaxpr.
+
+A product of [m, k] and [k, n] is 2 m k n. The body of a scan counts as often as it runs, a cond as
+its largest branch, a shard_map's body once for each device of its mesh (work that devices repeat is
+work), recomputation as what it is. A Pallas kernel is the products of one step times the steps of
+its grid, times the share of steps that do any work where the kernel skips the others by a table
+that only the data make: that share is an argument. Nothing but products is counted.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+
+def count(f, *args, shares: Mapping[str, float] | None = None) -> float:
+    """FLOPs of f(*args), over all devices. `args` may be ShapeDtypeStructs.
+
+    `shares` is, by the name of its kernel's function, the share of the grid's steps that a Pallas
+    kernel works in; a kernel not named works in all of them. Raises ValueError for products in a
+    loop of unknown length, and for convolutions.
+    """
+    return of_jaxpr(jax.make_jaxpr(f)(*args).jaxpr, shares or {})
+
+
+def of_jaxpr(jaxpr: Jaxpr, shares: Mapping[str, float]) -> float:
+    """FLOPs of a jaxpr; see `count`."""
+    return sum(_of_equation(e, shares) for e in jaxpr.eqns)
+
+
+def _of_equation(e, shares):
+    name, inside = e.primitive.name, [of_jaxpr(j, shares) for j in _inside(e.params)]
+    match name:
+        case "dot_general":
+            return _product(e)
+        case "conv_general_dilated":
+            raise ValueError("a convolution is not counted; write it as a product, or add it here")
+        case "scan":
+            return e.params["length"] * sum(inside)
+        case "while" if sum(inside):
+            raise ValueError("products in a while loop, whose length the program does not state")
+        case "cond":
+            return max(inside)
+        case "shard_map":
+            return e.params["mesh"].size * sum(inside)
+        case "pallas_call":
+            steps = int(np.prod(e.params["grid_mapping"].grid))
+            return sum(inside) * steps * shares.get(kernel_name(e), 1.0)
+    return sum(inside)
+
+
+def kernel_name(e) -> str:
+    """The name of the function that a pallas_call runs."""
+    return e.params["jaxpr"].debug_info.func_name
+
+
+def _product(e):
+    (over, _), _ = e.params["dimension_numbers"]
+    contracted = np.prod([e.invars[0].aval.shape[i] for i in over], initial=1.0)
+    return 2.0 * np.prod(e.outvars[0].aval.shape, initial=1.0) * contracted
+
+
+def _inside(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
+    """The jaxprs that an equation runs."""
+    for value in params.values():
+        for x in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(x, ClosedJaxpr):
+                yield x.jaxpr
+            elif isinstance(x, Jaxpr):
+                yield x
