@@ -31,11 +31,11 @@ from jaxvid.train import state, step
 GIB = 2**30
 # topology -> (tokens of a row, the least that the peers need there, what we want to stay below)
 SLICES = {"v5e:4x4": (5120, 11.69, 11.0), "v5p:2x2x2": (16384, 22.92, 20.0)}
-CHUNK = 4096  # tokens of an MLP at a time, of long rows
+PARTS = 8  # of the MLP, one after the other
 OBJECTIVES = {"sft": (SFT(), 1), "dpo": (DPO(), 2), "policy": (Policy(), 8)}
 
 
-def config(layers: int = 28, chunk: int = 0) -> qwen25vl.Config:
+def config(layers: int = 28, parts: int = 1) -> qwen25vl.Config:
     """The 7B text stack."""
     text = decoder.Config(
         layers=layers,
@@ -47,7 +47,7 @@ def config(layers: int = 28, chunk: int = 0) -> qwen25vl.Config:
         rope_sections=(16, 24, 24),
     )
     tower = vision.Config(layers=1, width=64, ffn=64, heads=4, out=3584, full=(0,))
-    return qwen25vl.Config(text=text, vision=tower, dtype="bfloat16", chunk=chunk)
+    return qwen25vl.Config(text=text, vision=tower, dtype="bfloat16", ffn_parts=parts)
 
 
 def abstract_batch(mesh: Mesh, rows: int, tokens: int, scored: int, branches: int) -> Batch:
@@ -79,14 +79,13 @@ def lower(mesh: Mesh, cfg: qwen25vl.Config, objective, batch: Batch) -> jax.stag
         return step.make_step(graph, objective, tx).lower(whole, batch)
 
 
-def measure(topology: str, name: str) -> str:
+def measure(topology: str, name: str, parts: int) -> str:
     """One row of the table."""
     tokens, peers, wanted = SLICES[topology]
     objective, branches = OBJECTIVES[name]
     mesh = tpu.mesh(topology)
-    chunk = CHUNK if tokens > 2 * CHUNK else 0
     batch = abstract_batch(mesh, mesh.size, tokens, tokens, branches)
-    lowered = lower(mesh, config(chunk=chunk), objective, batch)
+    lowered = lower(mesh, config(parts=parts), objective, batch)
     start = time.perf_counter()
     used = tpu.memory(lowered.compile())
     took = time.perf_counter() - start
@@ -101,6 +100,7 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=SLICES, help="one slice")
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
+    parser.add_argument("--parts", type=int, default=PARTS, help="Compute.ffn_parts")
     parser.add_argument("--out", type=pathlib.Path, help="also write the table here")
     chosen = parser.parse_args(args)
     lines = [
@@ -111,7 +111,7 @@ def main(args: list[str] | None = None) -> None:
     print("\n".join(lines), flush=True)
     for topology in [chosen.only] if chosen.only else SLICES:
         for name in chosen.objectives:
-            lines.append(measure(topology, name))
+            lines.append(measure(topology, name, chosen.parts))
             print(lines[-1], flush=True)
     if chosen.out:
         chosen.out.write_text("\n".join(lines) + "\n")

@@ -126,7 +126,7 @@ def test_no_media_needs_no_frames():
     np.testing.assert_allclose(got, hidden(model(fresh()), tokens, frames()), atol=1e-6)
 
 
-def test_remat_unroll_and_chunks_change_nothing_and_bfloat16_little():
+def test_remat_unroll_and_parts_change_nothing_and_bfloat16_little():
     loaded, tokens, seen = fresh(), rows(plain(sequence(4))), frames()
 
     def gradient(params, **settings):
@@ -135,7 +135,7 @@ def test_remat_unroll_and_chunks_change_nothing_and_bfloat16_little():
         return jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(params)
 
     want = gradient(loaded.params)
-    got = gradient(loaded.params, remat=True, unroll=2, chunk=10)  # 36 tokens: a rest of 6
+    got = gradient(loaded.params, remat=True, unroll=2, ffn_parts=2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), got, want)
     rough, gradients = gradient(loaded.params, dtype="bfloat16", remat=True)
     np.testing.assert_allclose(rough, want[0], rtol=0.05)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxvid.models.layers import Compute, GatedMLP, Linear, RMSNorm, in_chunks, lookup, scan, stack
+from jaxvid.models.layers import Compute, GatedMLP, Linear, RMSNorm, lookup, scan, stack
 from jaxvid.ops.attention import attention, decode_attention
 from jaxvid.ops.rope import rope
 from jaxvid.sharding import constrain
@@ -84,11 +84,11 @@ class Block(nnx.Module):
         out_scale = 1 / math.sqrt(2 * cfg.layers)
         self.mlp = GatedMLP(cfg.width, cfg.ffn, out_scale=out_scale, rngs=rngs)
 
-    def __call__(self, x, positions, attend, chunk=0):
+    def __call__(self, x, positions, attend, ffn_parts=1):
         """`attend(q, k, v) -> y` decides what is seen. Returns x and this layer's new k and v."""
         q, k, v = self.attention.qkv(self.attention_norm(x), positions)
         x = x + self.attention.out(attend(q, k, v))
-        return x + in_chunks(lambda x: self.mlp(self.mlp_norm(x)), x, chunk), (k, v)
+        return x + self.mlp(self.mlp_norm(x), ffn_parts), (k, v)
 
 
 class Decoder(nnx.Module):
@@ -117,7 +117,7 @@ class Decoder(nnx.Module):
 
         def layer(x, block, _):
             x = constrain(x, "rows", None, None)
-            x, kv = block(x, positions, attend, self.compute.chunk)
+            x, kv = block(x, positions, attend, self.compute.ffn_parts)
             return x, KV(*kv) if keep else None
 
         x, kv = scan(layer, x, self.blocks, None, self.compute)

@@ -21,15 +21,19 @@ class Compute:
     dtype: str = "float32"  # of activations; weights stay float32
     remat: bool = True  # recompute a layer in the backward pass instead of keeping its inside
     unroll: int = 1  # layers per iteration of the scan
-    chunk: int = 0  # tokens of a row that an MLP takes at a time, gathering weights anew; 0 is all
+    ffn_parts: int = (
+        1  # of the decoder's MLP, one after the other: its inside takes a part's memory
+    )
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is not known; choose one of {DTYPES}")
         if self.unroll < 1:
             raise ValueError(f"unroll={self.unroll} must be at least 1")
-        if self.chunk < 0:
-            raise ValueError(f"chunk={self.chunk} is a number of tokens; 0 takes all at once")
+        if self.ffn_parts < 1:
+            raise ValueError(
+                f"ffn_parts={self.ffn_parts} must be at least 1, which takes all at once"
+            )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -149,22 +153,42 @@ class GatedMLP(nnx.Module):
         self.up = Linear((width,), (ffn,), "embed ffn", bias=bias, rngs=rngs)
         self.down = Linear((ffn,), (width,), "ffn embed", bias=bias, scale=out_scale, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+    def __call__(self, x: Float[Array, "*rows D"], parts: int = 1) -> Float[Array, "*rows D"]:
+        """With `parts`, as the sum over so many stretches of the ffn, each of whose activations and
+        gathered weights are alone in memory, in both passes. The products are the same, and so is
+        what crosses devices. Raises ValueError where the ffn does not divide."""
+        if parts > 1:
+            return self._in_parts(x, parts)
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
+    def _in_parts(self, x, parts):
+        ffn = self.down.w.shape[0]
+        ways = sharding.ways(sharding.splits({"ffn": ffn})["ffn"])
+        if ffn % (parts * ways) or self.gate.b is not None:
+            raise ValueError(
+                f"an ffn of {ffn} over {ways} devices does not divide into {parts} parts without "
+                "bias; set ffn_parts to a divisor, or to 1"
+            )
 
-def in_chunks(f, x: Float[Array, "B T D"], chunk: int) -> Float[Array, "B T D"]:
-    """f(x), `chunk` tokens at a time (0: all at once), for an f that treats each token alone. What
-    f makes inside is recomputed in the backward pass and in memory for one chunk alone."""
-    B, T, D = x.shape
-    if not chunk or T <= chunk:
-        return f(x)
-    f = jax.checkpoint(f)
-    whole = T // chunk * chunk
-    parts = x[:, :whole].reshape(B, -1, chunk, D).swapaxes(0, 1)
-    _, y = jax.lax.scan(lambda _, part: (None, f(part)), None, parts)
-    y = y.swapaxes(0, 1).reshape(B, whole, D)
-    return y if whole == T else jnp.concatenate([y, f(x[:, whole:])], axis=1)
+        def cut(w, axis):
+            """[parts, ...]: of every device's stretch of the ffn, one part."""
+            shape = w.shape[:axis] + (ways, parts, ffn // parts // ways) + w.shape[axis + 1 :]
+            part = w.shape[:axis] + (ffn // parts,) + w.shape[axis + 1 :]
+            return jnp.moveaxis(w.reshape(shape), axis + 1, 0).reshape(parts, *part)
+
+        rows = x.reshape(-1, x.shape[-1])
+
+        @jax.checkpoint
+        def part(y, weights):
+            gate, up, down = weights
+            inside = jax.nn.silu(matmul(rows, gate, self.gate.axes)) * matmul(
+                rows, up, self.up.axes
+            )
+            return y + matmul(inside, down, self.down.axes).astype(y.dtype), None
+
+        weights = (cut(self.gate.w[...], 1), cut(self.up.w[...], 1), cut(self.down.w[...], 0))
+        y, _ = jax.lax.scan(part, jnp.zeros(rows.shape, jnp.float32), weights)
+        return y.reshape(x.shape).astype(x.dtype)
 
 
 def stack(build, layers: int, rngs: nnx.Rngs) -> nnx.Module:

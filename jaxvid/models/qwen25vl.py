@@ -115,7 +115,7 @@ class Config:
     dtype: str = "float32"  # of activations
     remat: bool = True
     unroll: int = 1
-    chunk: int = 0
+    ffn_parts: int = 1
 
     def __post_init__(self):
         _ = self.compute  # refuses what it must
@@ -129,7 +129,9 @@ class Config:
 
     @property
     def compute(self) -> Compute:
-        return Compute(dtype=self.dtype, remat=self.remat, unroll=self.unroll, chunk=self.chunk)
+        return Compute(
+            dtype=self.dtype, remat=self.remat, unroll=self.unroll, ffn_parts=self.ffn_parts
+        )
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "Config":
