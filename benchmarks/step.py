@@ -13,14 +13,13 @@ import argparse
 import pathlib
 import time
 
-from benchmarks import tpu  # first: it sets the environment that jax reads when it is imported
-
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from benchmarks import tpu
 from jaxvid import sharding
 from jaxvid.batch import Batch, Branches, TokenBatch, VisionBatch
 from jaxvid.models import decoder, qwen25vl, vision
