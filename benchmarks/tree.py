@@ -145,14 +145,13 @@ def on_cpu(group: Group, cfg: qwen25vl.Config, repeats: int) -> list[Row]:
 # ---- by the TPU compiler
 
 
-def share_visited(batch: Batch) -> float:
-    """Of the attention kernel's tiles (query, key), those that its tables name."""
-    end = jnp.asarray(batch.tokens.end).reshape(-1, batch.tokens.end.shape[-1])
+def share_visited(end: np.ndarray) -> float:
+    """Of the attention kernel's tiles (query, key) over rows `end` [B, T], those it works in."""
     T = end.shape[1]
     tile = min(_flash.TILE, -(-T // _flash.LANES) * _flash.LANES)
     whole = -(-T // tile) * tile
     index = jnp.broadcast_to(jnp.arange(T)[None], end.shape)
-    facts = _flash.Facts(index, end)
+    facts = _flash.Facts(index, jnp.asarray(end))
     rows, columns = _flash._facts(facts, facts, whole, whole)
     shape = _flash._Shape(tree=True, window=0, scale=1.0, tile=tile, interpret=False)
     return float(_flash._visible(rows, columns, shape).mean())
@@ -174,7 +173,7 @@ def on_tpu(group: Group, cfg: qwen25vl.Config, mesh: jax.sharding.Mesh, batch: B
     tx = optax.adamw(RATE)
     advance = step.make_step(graph, Policy(), tx)
     zero = jax.ShapeDtypeStruct((), jnp.int32)
-    shares = dict.fromkeys(KERNELS, share_visited(batch))
+    shares = dict.fromkeys(KERNELS, share_visited(batch.tokens.end[0]))
     with jax.set_mesh(mesh):
         moments = jax.eval_shape(tx.init, params)
         state = states.TrainState(zero, params, moments, zero, zero)
