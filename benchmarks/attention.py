@@ -1,6 +1,6 @@
 """Attention of a long row under a tree mask, on CPU: `ops.attention` against the dense mask.
 
-    python -m benchmarks.attention          about 5 minutes and 8 GB
+    python -m benchmarks.attention          about 3 minutes and 8 GB
 
 The row is a prompt and 16 branches that fill the other half. Forward and backward, float32: memory
 is the compiler's plan of temporaries, time the median of runs in turns. Last, a row twice as long

@@ -1,6 +1,6 @@
 """A policy step on rows of trees against the same step on G separate sequences.
 
-    python -m benchmarks.tree               about 10 minutes; --skip-tpu: 3
+    python -m benchmarks.tree               about 10 minutes; 3 with --skip-tpu
 
 A prompt of P tokens and G branches of R, all scored. The tree is one row of P + G R tokens; the
 sequences are G rows of P + R. Both go through data.layout, objectives.policy and train.step.
@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 from benchmarks import flops, measure, tpu
 from benchmarks.measure import GIB, Row
@@ -168,7 +167,6 @@ def abstract(batch: Batch, mesh: jax.sharding.Mesh, micro: int) -> Batch:
 
 def on_tpu(group: Group, cfg: qwen25vl.Config, mesh: jax.sharding.Mesh, batch: Batch, micro: int):
     """(FLOPs on each chip, memory of each chip) of one step, a group on each chip."""
-    nnx.use_eager_sharding(False)
     graph, params = hf.abstract(cfg)
     tx = optax.adamw(RATE)
     advance = step.make_step(graph, Policy(), tx)
