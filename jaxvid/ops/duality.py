@@ -186,8 +186,9 @@ def duality(
     `lonely` is for a pair (or, with `scope="batch"`, a batch) in which one side has no signal:
     "keep" leaves the other side as it is (alpha 1), "halve" is the formula to the letter (alpha
     1/2), "drop" zeroes it. `scope="batch"` is the whole batch however it is split: under jit by
-    its sharding, in shard_map over the mesh's data axes. `impl=None` is Pallas on one TPU where
-    the batch fits its fast memory, else XLA. float64 rewards are computed as such, in XLA alone.
+    its sharding, in shard_map over the mesh's data axes. `impl=None` is Pallas on one TPU (in
+    shard_map on each) where the batch fits its fast memory, else XLA. float64 rewards are computed
+    as such, in XLA alone.
     Raises ValueError for a pair reward without `correct`, and where a named kernel does not fit.
     """
     if pair_reward and correct is None:
@@ -199,7 +200,9 @@ def duality(
     pairs, _, G = rewards.shape
     size = 2 * (-(-pairs // 8) * 8) * (-(-G // 128) * 128) * 4
     wide = jnp.result_type(rewards) == jnp.float64
-    impl = choose(impl, size <= VMEM and not wide)
+    mesh = jax.sharding.get_abstract_mesh()
+    alone = mesh.empty or mesh.size == 1 or bool(mesh.manual_axes)  # the kernel is not spread
+    impl = choose(impl, size <= VMEM and not wide and alone)
     if impl == "xla":
         settings = (normalise, std, eps, lonely, scope)
         return _xla(rewards, valid, *settings, correct, pair_reward)

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from jaxvid import sharding
 from jaxvid.ops._choice import Impl, choose
 
 BLOCK = (64, 1024)  # rows and tokens of one kernel step; 256 KiB an operand
@@ -102,6 +103,13 @@ def _pallas_bwd(settings, interpret, grad, dloss):
 _pallas.defvjp(_pallas_fwd, _pallas_bwd)
 
 
+def _spread(operands, settings, interpret):
+    """Each device has the tokens of its own rows."""
+    on, row = sharding.splits({"rows": operands[0].shape[0]}), ("rows", None)
+    run = lambda *x: _pallas(*x, *(None,) * (4 - len(x)), settings, interpret)
+    return sharding.spread(run, (row,) * len(operands), row, on)(*operands)
+
+
 def policy_loss(
     logp: Float[Array, "B S"],
     old: Float[Array, "B S"],
@@ -117,7 +125,8 @@ def policy_loss(
     """Loss per token, unreduced and unmasked; gradient to `logp` alone.
 
     `sampled` and `importance_cap` go together: the sampler's log-probs, NaN where not known (weight
-    1). `impl=None` is Pallas on one TPU, else XLA; float64 is computed as such, in XLA alone.
+    1). On a mesh rows are split as `sharding.RULES` says. `impl=None` is Pallas on TPUs, else XLA;
+    float64 is computed as such, in XLA alone.
     Raises ValueError for log-probs below float32, and for settings that do not fit each other.
     """
     if jnp.finfo(logp.dtype).bits < 32:
@@ -140,4 +149,5 @@ def policy_loss(
     if logp.dtype != jnp.float32:
         raise ValueError(f"the policy_loss kernel is float32, got {logp.dtype}: use impl='xla'")
     settings = (clip_low, clip_high, dual_clip, cap)
-    return _pallas(logp, old, adv, sampled, settings, impl == "interpret")
+    operands = [x for x in (logp, old, adv, sampled) if x is not None]
+    return _spread(operands, settings, impl == "interpret")
