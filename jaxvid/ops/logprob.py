@@ -23,7 +23,8 @@ from jaxtyping import Array, Float, Int
 from jaxvid import sharding
 from jaxvid.ops._choice import Impl, choose
 
-TOKENS, WORDS, WIDTH = 1024, 512, 1024  # most scored tokens, words and width of one kernel step
+TOKENS, WORDS = 1024, 512  # most scored tokens and words of one kernel step
+WIDTH = 2048  # most bytes of a hidden state in one kernel step: fast memory is 16 MiB
 LANES, SUBLANES = 128, 8  # of a TPU register of 32 bits
 LOWEST = -1e30  # finite: exp(LOWEST - LOWEST) is no NaN
 
@@ -170,7 +171,8 @@ def _launch(kernel, words, hidden, rows, at, plan, out):
     "rows" [8, S] or "logits" [words, S]."""
     (V, D), S = words.shape, hidden.shape[0]
     tokens = min(TOKENS, -(-S // LANES) * LANES)
-    count, width = min(WORDS, -(-V // LANES) * LANES), _tile(D, WIDTH, LANES)
+    count = min(WORDS, -(-V // LANES) * LANES)
+    width = _tile(D, WIDTH // hidden.dtype.itemsize, LANES)
     pad = lambda x, n, axis: jnp.pad(x, [(0, n if i == axis else 0) for i in range(x.ndim)])
     words, hidden = pad(words, -V % count, 0), pad(hidden, -S % tokens, 0)
     rows = [pad(pad(x, SUBLANES - len(x), 0), -S % tokens, 1) for x in rows]
