@@ -1,5 +1,7 @@
 """Arrays and comparisons the op tests share."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,11 +30,19 @@ def close(a, b, atol):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=1e-4), a, b)
 
 
-def raceless(f, *args):
-    """The value of `f`, whose one kernel (impl="pallas") runs on a simulated TPU of two cores that
-    watches for two steps of the grid writing, or writing and reading, the same place."""
+def raceless(f, *args, kernels=1):
+    """The value of `f`, in which a kernel (impl="pallas") runs `kernels` times, on a simulated TPU
+    of two cores that watches for two steps of the grid writing, or writing and reading, the same
+    place."""
+    watched, watch = [], interpret_pallas_call.RaceDetectionState  # one for each run of a kernel
+
+    def keep(num_cores):
+        watched.append(watch(num_cores=num_cores))
+        return watched[-1]
+
     two = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
-    with pltpu.force_tpu_interpret_mode(two):
+    kept = mock.patch.object(interpret_pallas_call, "RaceDetectionState", keep)
+    with pltpu.force_tpu_interpret_mode(two), kept:
         out = jax.block_until_ready(jax.jit(f)(*args))
-    assert interpret_pallas_call.races.races_found is False
+    assert len(watched) == kernels and not any(x.races_found for x in watched)
     return out

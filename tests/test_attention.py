@@ -1,10 +1,12 @@
 """Attention in every implementation, against the reference and numbers by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import close, normal, value_and_gradient
+from arrays import close, normal, raceless, value_and_gradient
 from jax.sharding import AxisType
 
 from jaxvid import sharding
@@ -106,6 +108,23 @@ def test_attention_kernel_visits_the_tiles_of_its_tree_alone():
     np.testing.assert_array_equal(count[P:], P + 1)
     np.testing.assert_array_equal(order[P + 2, : P + 1], [0, 1, 2, 3, P + 2])
     assert (order[P + 2, P + 1 :] == P + 2).all()  # nothing more is fetched
+
+
+def test_attention_kernels_have_no_race(monkeypatch):
+    """Forward, queries' and keys' gradient. Three heads and tiles: an axis of three that were
+    wrongly parallel would be cut between the two cores."""
+    monkeypatch.setattr(_flash, "TILE", 128)
+    end, depth = tree_row(384)
+    q, k, v = heads(384, N=3, K=1)
+    mask = dict(end=end, depth=depth, window=50)
+
+    def both(f, *x):
+        y, pull = jax.vjp(lambda *x: f(*x, **mask), *x)
+        return y, pull(jnp.cos(q))
+
+    ours = functools.partial(both, functools.partial(attention, impl="pallas"))
+    got = raceless(ours, q, k, v, kernels=3)
+    close(got, jax.jit(functools.partial(both, attention_ref))(q, k, v), 1e-5)
 
 
 MESHES = {

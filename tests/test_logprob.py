@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import close, normal, value_and_gradient
+from arrays import close, normal, raceless, value_and_gradient
 from jax.sharding import NamedSharding
 
 from jaxvid import sharding
@@ -36,6 +36,23 @@ def test_logprob_kernel_over_several_tiles(monkeypatch):
     ref = lambda h, u: logprob_ref(h, u, targets)
     weight = tuple(normal(2, 2, 1, 300))
     close(*(value_and_gradient(f, weight)(hidden, unembed) for f in (ours, ref)), 1e-4)
+
+
+def test_logprob_kernels_have_no_race(monkeypatch):
+    """Forward and backward, in each of two blocks that overlap. Three tiles of tokens and two of
+    words and width: an axis that were wrongly parallel would be cut between the two cores."""
+    for name in ("TOKENS", "WORDS", "WIDTH"):
+        monkeypatch.setattr(module, name, 128)
+    hidden, unembed = normal(0, 1, 384, 256), normal(1, 500, 256) / 8
+    targets, weight = jnp.arange(384)[None], tuple(normal(2, 2, 1, 384))
+
+    def both(f, *x):
+        y, pull = jax.vjp(f, *x)
+        return y, pull(weight)
+
+    ours = lambda h, u: both(lambda *x: logprob(*x, targets, block=256, impl="pallas"), h, u)
+    ref = lambda h, u: both(lambda *x: logprob_ref(*x, targets), h, u)
+    close(raceless(ours, hidden, unembed, kernels=4), jax.jit(ref)(hidden, unembed), 1e-4)
 
 
 MESHES = [(1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)]

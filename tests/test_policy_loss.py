@@ -133,6 +133,22 @@ def test_policy_loss_gives_its_data_no_gradient(impl):
     assert not any(g.any() for g in jax.grad(loss, (0, 1, 2))(old, adv, old + 0.1))
 
 
+@EACH
+@pytest.mark.parametrize("rows", [8, 3])
+def test_policy_loss_on_a_mesh_is_that_on_one_device(impl, rows):
+    """Rows over replica and fsdp where they divide. The compiler splits no kernel by itself."""
+    logp, old, adv = ratios(rows, 50)
+    weight, settings = normal(5, rows, 50), dict(sampled=sampler(old), importance_cap=2.0, **CLIP)
+    run = lambda **more: value_and_gradient(
+        lambda *x: policy_loss(*x[:3], **settings, **more), weight
+    )
+    one = run()(logp, old, adv)
+    with jax.set_mesh(sharding.make_mesh(2, 2, 2)):
+        close(run(impl=impl)(logp, old, adv), one, 1e-6)
+        text = str(jax.make_jaxpr(lambda x: policy_loss(x, old, adv, **CLIP, impl=impl))(logp))
+    assert ("shard_map" in text) == (impl == "interpret")
+
+
 def test_policy_loss_kernel_has_no_race():
     logp, old, adv = ratios(70, 1100)
     settings = dict(**CLIP, dual_clip=1.5, sampled=sampler(old), importance_cap=2.0)

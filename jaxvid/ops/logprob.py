@@ -24,7 +24,7 @@ from jaxvid import sharding
 from jaxvid.ops._choice import Impl, choose
 
 TOKENS, WORDS = 1024, 512  # most scored tokens and words of one kernel step
-WIDTH = 2048  # most bytes of the width of one kernel step
+WIDTH = 2048  # most bytes of a hidden state in one kernel step: fast memory is 16 MiB
 LANES, SUBLANES = 128, 8  # of a TPU register of 32 bits
 LOWEST = -1e30  # finite: exp(LOWEST - LOWEST) is no NaN
 

@@ -126,7 +126,8 @@ def policy_loss(
     """Loss per token, unreduced and unmasked; gradient to `logp` alone.
 
     `sampled` and `importance_cap` go together: the sampler's log-probs, NaN where not known (weight
-    1). `impl=None` is Pallas on TPUs, else XLA; float64 is computed as such, in XLA alone.
+    1). On a mesh rows are split as `sharding.RULES` says. `impl=None` is Pallas on TPUs, else XLA;
+    float64 is computed as such, in XLA alone.
     Raises ValueError for log-probs below float32, and for settings that do not fit each other.
     """
     if jnp.finfo(logp.dtype).bits < 32:

@@ -24,6 +24,7 @@ from jaxvid import sharding
 from jaxvid.ops._choice import Impl, choose
 
 BLOCK_T = 128  # tokens per kernel step
+VMEM = 12 * 2**20  # most bytes of two steps' arrays, in and out, in a fast memory of 16 MiB
 
 Sections = tuple[int, int, int]
 Heads = Float[Array, "B T _ H"]
@@ -167,7 +168,8 @@ def rope(
     T, H = xs[0].shape[1], xs[0].shape[3]
     if sum(sections) != H // 2:
         raise ValueError(f"sections {sections} add to {sum(sections)}; head {H} has {H // 2} pairs")
-    impl = choose(impl, T % BLOCK_T == 0 and H % 128 == 0)
+    step = 4 * BLOCK_T * H * sum(x.shape[2] * x.dtype.itemsize for x in xs)
+    impl = choose(impl, T % BLOCK_T == 0 and H % 128 == 0 and step <= VMEM)
     if impl == "xla":
         tables = _tables(positions, _turns(H, sections, theta, interleaved))
         rotated = tuple(_rotate_ref(x, *tables) for x in xs)
