@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxvid import sharding
 from jaxvid.ops.attention import attention
 from jaxvid.ops.duality import duality
-from jaxvid.ops.logprob import logprob
+from jaxvid.ops.logprob import kl, logprob
 from jaxvid.ops.policy_loss import policy_loss
 from jaxvid.ops.rope import rope
 
@@ -69,6 +69,13 @@ def scored(B=1, T=T, dtype=HALF):
     return loss, [rows(dtype, B, T, D), table], [rows(jnp.int32, B, T)]
 
 
+def compared():
+    """No gradient flows: `one` is there for the loss to have a derivative."""
+    loss = lambda one, x, other, table: one * squares(kl(x, other, table))
+    table = array(jnp.float32, V, D, names=("vocab", "embed"))
+    return loss, [array(jnp.float32)], [rows(HALF, 1, T, D), rows(HALF, 1, T, D), table]
+
+
 def turned(interleaved, B=1, T=T, N=N, K=K, dtype=HALF):
     sections = (24, 20, 20) if interleaved else (16, 24, 24)
     turn = functools.partial(rope, sections=sections, theta=1e6, interleaved=interleaved)
@@ -103,6 +110,7 @@ ALONE = {  # on one device: what it is, and how many kernels it takes forward an
     "attention, vision tower": (of(attended, "segment", **VISION), 3),
     "logprob": (scored, 2),
     "logprob, float32": (of(scored, T=2048, dtype=jnp.float32), 2),
+    "kl": (compared, 1),
     "rope, contiguous": (of(turned, False), 2),
     "rope, interleaved": (of(turned, True), 2),
     "rope, most heads": (of(turned, False, N=40, K=8, dtype=jnp.float32), 2),
@@ -112,12 +120,12 @@ ALONE = {  # on one device: what it is, and how many kernels it takes forward an
     "duality, pair": (of(balanced, "pair"), 1),
     "duality, batch": (of(balanced, "batch"), 1),
 }
-SPREAD = {  # on four chips: the kernels lie in shard_map; duality, which is not spread, has none
+SPREAD = {  # on four chips: the kernels lie in shard_map
     "attention": (of(attended, "window", B=4), 3),
     "logprob": (of(scored, B=4), 2),
     "rope": (of(turned, False, B=4), 2),
     "policy_loss": (of(clipped, True), 1),
-    "duality": (of(balanced, "batch"), 0),
+    "duality": (of(balanced, "batch"), 1),
 }
 
 
