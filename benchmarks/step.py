@@ -31,7 +31,7 @@ from jaxvid.train import state, step
 GIB = 2**30
 # topology -> (tokens of a row, the least that the peers need there, what we want to stay below)
 SLICES = {"v5e:4x4": (5120, 11.69, 11.0), "v5p:2x2x2": (16384, 22.92, 20.0)}
-PARTS = 8  # of the MLP, one after the other
+PARTS = 4  # of the MLP, one after the other
 OBJECTIVES = {"sft": (SFT(), 1), "dpo": (DPO(), 2), "policy": (Policy(), 8)}
 
 

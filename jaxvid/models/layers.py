@@ -21,9 +21,7 @@ class Compute:
     dtype: str = "float32"  # of activations; weights stay float32
     remat: bool = True  # recompute a layer in the backward pass instead of keeping its inside
     unroll: int = 1  # layers per iteration of the scan
-    ffn_parts: int = (
-        1  # of the decoder's MLP, one after the other: its inside takes a part's memory
-    )
+    ffn_parts: int = 1  # of an MLP, summed one after the other: one is in memory at a time
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
