@@ -25,6 +25,7 @@ from jaxvid.models import decoder, hf, qwen25vl
 from jaxvid.objectives.policy import Policy
 from jaxvid.objectives.preference import DPO
 from jaxvid.objectives.sft import SFT
+from jaxvid.ops import _flash
 from jaxvid.ops import attention as attention_module
 from jaxvid.ops.attention import attention
 from jaxvid.train import optimizers, step
@@ -239,12 +240,12 @@ def test_a_fault_in_the_layout_would_be_seen(fault):
 
 
 def test_the_unembedding_meets_scored_positions_alone():
-    """Forward and backward: [rows, S, V] and never rows x T x V, in whatever order."""
+    """Forward and backward: [rows S, V] and never rows x T x V, in whatever order."""
     batch, params = rows(CASES["two trees in a row"]()), fresh().params
     program = str(compiled().trace(params, batch).jaxpr)
     shapes = {tuple(map(int, x.split(","))) for x in re.findall(r"\[(\d+(?:,\d+)+)\]", program)}
     V = CFG.text.vocab
-    assert (ROWS, S, V) in shapes and (ROWS, T, CFG.text.width) in shapes
+    assert (ROWS * S, V) in shapes and (ROWS, T, CFG.text.width) in shapes
     assert not [x for x in shapes if T in x and V in x]
     assert max(np.prod(x) for x in shapes if V in x) <= ROWS * S * V
 
@@ -306,10 +307,10 @@ def test_padding_and_company_change_no_log_prob_and_no_gradient(window):
 
 
 IMPLEMENTATIONS = {
-    "attention_ref": {},
+    "_attend": {},
     "_triangle": {"SHORT": 8},
     "_blocks": {"LONG": 32, "BLOCK": 16},
-    "_kernel": {"TILE": 128},
+    "flash": {},
 }
 
 
@@ -319,7 +320,8 @@ def test_every_implementation_of_attention_gives_the_same_anywhere(name, monkeyp
     want, used = branches(scores.logp, pairs()["alone"]), []
     for constant, value in IMPLEMENTATIONS[name].items():
         monkeypatch.setattr(attention_module, constant, value)
-    if name == "_kernel":
+    if name == "flash":
+        monkeypatch.setattr(_flash, "TILE", 128)
         monkeypatch.setattr(decoder, "attention", functools.partial(attention, impl="interpret"))
     real = vars(attention_module)[name]
     monkeypatch.setattr(attention_module, name, lambda q, *a: used.append(q.shape) or real(q, *a))
@@ -374,7 +376,7 @@ def test_losses_do_not_know_where_padding_stands(objective):
 @pytest.mark.parametrize("window", [0, 40])
 def test_the_kernel_with_padding_before_between_and_behind(window, monkeypatch):
     """Rows of three tiles: the same two trees at the start, and with gaps that fill a tile."""
-    monkeypatch.setattr(attention_module, "TILE", 128)
+    monkeypatch.setattr(_flash, "TILE", 128)
     small, large = [60] * 20 + [40] * 20 + [60] * 20, [90] * 50 + [90] * 40
     q, k, v = (normal(i, 150, heads, 8) for i, heads in enumerate((4, 2, 2)))
 
