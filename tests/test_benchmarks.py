@@ -10,7 +10,9 @@ from jax.sharding import PartitionSpec as P
 from benchmarks import attention as attention_script
 from benchmarks import flops, measure
 from benchmarks import logprob as logprob_script
+from benchmarks import step as step_script
 from benchmarks import tree as tree_script
+from jaxvid import sharding
 from jaxvid.ops.attention import attention
 from jaxvid.ops.logprob import logprob
 
@@ -127,3 +129,14 @@ def test_rows_say_whether_a_target_is_reached(row, less, more):
     assert row("x", less, less).reached == row("x", more, more).reached == "yes"
     assert {row("x", less, more).reached, row("x", more, less).reached} == {"yes", "no"}
     assert row("x", less, more).reached == ("yes" if row is measure.at_most else "no")
+
+
+def test_the_7b_step_is_of_its_size_and_keeps_its_state_in_place():
+    mesh = sharding.make_mesh()
+    objective, branches = step_script.OBJECTIVES["policy"]
+    batch = step_script.abstract_batch(mesh, 8, 256, 128, branches)
+    lowered = step_script.lower(mesh, step_script.config(parts=step_script.PARTS), objective, batch)
+    state = lowered.in_avals[0][0]
+    text = jax.tree.leaves((state.params["decoder"], state.params["head"]))
+    assert sum(x.size for x in text) == 7_615_616_512  # Qwen2.5-7B
+    assert all(x.donated for x in jax.tree.leaves(lowered.args_info[0][0]))
