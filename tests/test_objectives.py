@@ -330,6 +330,20 @@ def test_advantages_are_those_of_their_papers():
     )
 
 
+def test_a_pair_s_reward_over_the_std_of_the_batch():
+    """Replies 0 are right on both sides and earn 0.5 each; so are replies 3, but one has no reward,
+    and its mate earns nothing together with it."""
+    rewards = np.array([[[1, 0, 0, 1], [1, 1, 0, np.nan]]], np.float32)
+    right = np.array([[[1, 0, 0, 1], [1, 1, 0, 1]]], bool)
+    got = GRPO(std="batch", eps=0.0)(rewards, np.ones(right.shape, bool), right, 0.5).advantage
+    paid = [np.array([1.5, 0, 0, 1]), np.array([1.5, 1, 0])]
+    std = np.concatenate(paid).std(ddof=1)
+    near(got[0, 0], (paid[0] - paid[0].mean()) / std)
+    near(got[0, 1], [*((paid[1] - paid[1].mean()) / std), 0])
+    with pytest.raises(ValueError, match="give `correct`"):
+        GRPO(std="batch")(rewards, right, pair_reward=0.5)
+
+
 # --- score ---
 
 

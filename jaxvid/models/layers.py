@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxvid import sharding
+from jaxvid.ops._cast import cast
 
 DTYPES = ("float32", "bfloat16")
 
@@ -44,10 +45,7 @@ def matmul(x: Float[Array, "R I"], w: Array, axes: tuple[str, ...]) -> Float[Arr
 
 
 def _whole(x, w, axes):
-    if x.dtype == jnp.bfloat16:
-        # A plain cast is moved out of the loop over layers, and a second copy of all weights kept.
-        w = jax.lax.reduce_precision(w, exponent_bits=8, mantissa_bits=7)
-    return sharding.pin_weight(w.astype(x.dtype), axes, whole=True).reshape(x.shape[1], -1)
+    return sharding.pin_weight(cast(w, x.dtype), axes, whole=True).reshape(x.shape[1], -1)
 
 
 def _matmul_forward(x, w, axes):

@@ -22,11 +22,16 @@ Rewards = Float[Array | np.ndarray, "pairs 2 G"]
 Flags = Bool[Array | np.ndarray, "pairs 2 G"]
 
 
-@functools.partial(jax.jit, static_argnames="eps")
-def by_batch(rewards: Rewards, valid: Flags, eps: float) -> Advantages:
+@functools.partial(jax.jit, static_argnames=("pair_reward", "eps"))
+def by_batch(
+    rewards: Rewards, valid: Flags, correct: Flags | None, pair_reward: float, eps: float
+) -> Advantages:
     """R - mean of its group, over the sample std of all valid rewards + eps."""
+    settings = dict(normalise="none", std="none", pair_reward=pair_reward)
+    found = duality(rewards, valid, correct, **settings)
     valid = valid & jnp.isfinite(rewards)
-    found = duality(rewards, valid, normalise="none", std="none")
+    if pair_reward:
+        rewards = rewards + op.pair_reward(correct, valid, pair_reward)
     n = jnp.maximum(valid.sum(), 1)
     centred = jnp.where(valid, rewards - jnp.where(valid, rewards, 0.0).sum() / n, 0.0)
     scale = jnp.sqrt((centred**2).sum() / jnp.maximum(n - 1, 1)) + eps
@@ -80,9 +85,7 @@ class GRPO:
         pair_reward: float = 0.0,
     ) -> Advantages:
         if self.std == "batch":
-            if pair_reward:
-                rewards = rewards + op.pair_reward(correct, valid, pair_reward)
-            return by_batch(rewards, valid, self.eps)
+            return by_batch(rewards, valid, correct, pair_reward, self.eps)
         settings = dict(std=self.std, eps=self.eps, pair_reward=pair_reward)
         return duality(rewards, valid, correct, normalise="none", **settings)
 

@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from jaxvid import sharding
+from jaxvid.ops._cast import cast
 from jaxvid.ops._choice import Impl, choose
 
 TOKENS, WORDS = 1024, 512  # most scored tokens and words of one kernel step
@@ -280,11 +281,7 @@ def _blocks(table, plan):
     def block(i, dtype):
         start = jnp.minimum(i * size, count - size)
         words = jax.lax.dynamic_slice_in_dim(table, start, size, plan.axis)
-        if dtype != words.dtype:
-            # Rounded before it is cast: a mere cast of a block the TPU compiler makes of the whole
-            # table, before the first block, and keeps.
-            to = jnp.finfo(dtype)
-            words = jax.lax.reduce_precision(words, to.nexp, to.nmant).astype(dtype)
+        words = cast(words, dtype)
         if plan.width:
             words = jax.lax.all_gather(words, plan.width, axis=1 - plan.axis, tiled=True)
         words = words if plan.axis == 0 else words.T
