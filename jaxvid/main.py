@@ -169,7 +169,8 @@ def _ask(args: argparse.Namespace, rest: list[str]) -> int:
     path = args.model / "sampling.json"
     asked = {k: vars(args)[k] for k in ("frames", "height", "width") if vars(args)[k] is not None}
     stored = json.loads(path.read_text()) if path.is_file() else {}
-    clip = media.decode(args.clip.read_bytes(), media.Sampling(**stored | asked))
+    sampling = media.Sampling(**stored | asked)
+    clip = media.decode(args.clip.read_bytes(), sampling, builder.vision)
     patches, grid = media.patchify(clip.frames, builder.vision)
     image, chat = len(clip.frames) == 1, builder.chat
     prompt = chat.prompt(args.question, int(np.prod(grid)) // builder.vision.merge**2, image=image)

@@ -155,7 +155,7 @@ class Builder:
             )
         try:
             frames, seconds = media.FrameCache(self.data.cache or None).decode(
-                item.data, self.data.sampling
+                item.data, self.data.sampling, self.vision
             )
         except media.MediaError as error:
             raise media.MediaError(f"record {record.id!r}, media {side}: {error}") from error
