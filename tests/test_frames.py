@@ -239,7 +239,7 @@ def test_sizes_are_qwen_vl_utils_s():
         unbound = dataclasses.replace(sampling, total_pixels=0)
         bound += got != frames.frame_size(h, w, unbound, Vision(patch=patch), count)
         assert list(got) == want, row
-    assert bound > 50
+    assert bound > 30
     sampling = free(min_pixels=3136, max_pixels=10**6, total_pixels=3136)
     want = processors.images("qwen2_vl").smart_resize(480, 640, 28, 3136, 10**6)
     assert frames.frame_size(480, 640, sampling) == want  # an image has no budget

@@ -24,6 +24,8 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
 
+from jaxvid.batch import Vision
+
 Policy = Literal["qwen_vl_utils", "qwen2_vl", "qwen3_vl", "uniform"]
 _EVEN = ("qwen_vl_utils", "qwen2_vl")  # policies that take an even number of frames
 _MOST_TOKENS = 768  # qwen-vl-utils: of one frame
@@ -93,20 +95,6 @@ class Sampling:
                 "Sampling.total_pixels is a rule of the Qwen policies; with policy='uniform' set "
                 "it to 0."
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class Vision:
-    """The vision tower's geometry, in pixels and frames."""
-
-    patch: int = 14
-    temporal: int = 2
-    merge: int = 2
-    window: int = 112
-    size: int = 0  # side of the square that every frame is brought to; 0: any size
-    # How: "smart" rounds the sides (`smart_resize`), "exact" resizes to the square whatever the
-    # aspect, "crop" resizes the shorter side to it and cuts the middle out.
-    fit: Literal["smart", "exact", "crop"] = "smart"
 
 
 QWEN = Vision()  # Qwen2.5-VL's, where no model is named
