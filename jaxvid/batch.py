@@ -20,7 +20,7 @@ own path. Every leaf has rows on its first axis, so one sharding and one micro-b
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
@@ -117,6 +117,9 @@ class Vision:
     merge: int = 2  # side, in patches, of what becomes one feature
     window: int = 112  # side of an attention window in pixels; 0 is the whole frame
     size: int = 0  # side of the square every frame is brought to; 0 keeps the aspect
+    # How: "smart" rounds the sides to whole tokens (size 0), "exact" resizes to the square whatever
+    # the aspect, "crop" brings the shorter side to it and cuts the middle out.
+    fit: Literal["smart", "exact", "crop"] = "smart"
     pooled: int = 0  # features of a frame where the model pools them; 0 is one per merged patch
 
     def slots(self, patches: int) -> int:

@@ -146,7 +146,7 @@ class Builder:
             )
         cache = media.FrameCache(self.data.cache or None)
         try:
-            decoded = cache.decode(item.data, self.data.sampling)
+            decoded = cache.decode(item.data, self.data.sampling, self.prompting.vision)
         except media.MediaError as error:
             raise media.MediaError(f"record {record.id!r}, media {side}: {error}") from error
         clip = self.clip(decoded, record.id, side=side, blank=blank)
