@@ -9,6 +9,7 @@ import functools
 import numpy as np
 import pytest
 
+from jaxvid.batch import Sound
 from jaxvid.data import sound
 
 MELS = (80, 128)
@@ -99,3 +100,20 @@ def test_chunks_hold_every_frame_once(frames, length):
     assert chunks.shape == (len(length), 200, 4) and got.tolist() == length
     np.testing.assert_array_equal(np.concatenate([c[:n] for c, n in zip(chunks, got)]), features)
     assert not chunks[-1, length[-1] :].any()
+
+
+def test_chunks_of_qwen_are_cut_from_the_whole_and_whispers_are_sounds_of_their_own():
+    x = np.concatenate([noise(30_000), 1e-3 * noise(3_000)])
+    omni, whisper = Sound(200, 50), Sound(100, 50, mels=80, pad=True)
+    features, length = sound.chunks(x, omni)
+    assert features.shape == (2, 200, 128) and length.tolist() == [200, 7]
+    want = sound.log_mel(x, 128, padded=30 * sound.RATE)
+    np.testing.assert_array_equal(np.concatenate([features[0], features[1, :7]]), want)
+    features, length = sound.chunks(x, whisper)
+    assert features.shape == (3, 100, 80) and length.tolist() == [100] * 3
+    last = np.pad(x[32_000:], (0, 15_000))
+    np.testing.assert_allclose(features[2], exact(last, 80), atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="sound is asked of a clip that has none"):
+        sound.chunks(None, omni)
+    with pytest.raises(ValueError, match="sound at 8000 samples a second; features want 16000"):
+        sound.chunks(x, Sound(200, 50, rate=8000))

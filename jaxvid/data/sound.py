@@ -14,6 +14,8 @@ import functools
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxvid.batch import Sound
+
 RATE, HOP, WINDOW = 16_000, 160, 400  # samples: a second, a step, a transform
 BLOCK = 3000  # frames transformed at a time: five minutes would take 100 MB at once
 FLOOR, DECADES = 1e-10, 8.0
@@ -25,7 +27,7 @@ def mel_frames(samples: int) -> int:
 
 
 @functools.cache
-def mel_bands(mels: int) -> Float[np.ndarray, "201 M"]:
+def mel_bands(mels: int) -> Float[np.ndarray, "201 Z"]:
     """Triangles of equal area on Slaney's mel scale (linear to 1 kHz, then logarithmic) to 8 kHz,
     as librosa and Whisper have them."""
     step = np.log(6.4) / 27  # natural log of the ratio of two neighbours above 1 kHz
@@ -39,8 +41,8 @@ def mel_bands(mels: int) -> Float[np.ndarray, "201 M"]:
 
 def log_mel(
     samples: Float[np.ndarray, "n"], mels: int, *, padded: int | None = None
-) -> Float[np.ndarray, "T M"]:
-    """Features [T, M] in float32 of mono sound at RATE.
+) -> Float[np.ndarray, "T Z"]:
+    """Features [T, Z] in float32 of mono sound at RATE.
 
     With `padded`, silence follows the sound up to so many samples, and the result has the
     `mel_frames` of the sound alone: what transformers' extractor gives under its attention mask.
@@ -84,8 +86,8 @@ def _mirrored(samples, total, length) -> Float[np.ndarray, "l"]:
 
 
 def cut(
-    features: Float[np.ndarray, "T M"], chunk: int
-) -> tuple[Float[np.ndarray, "A F M"], Int[np.ndarray, "A"]]:
+    features: Float[np.ndarray, "T Z"], chunk: int
+) -> tuple[Float[np.ndarray, "A F Z"], Int[np.ndarray, "A"]]:
     """Chunks of `chunk` frames, the last filled with zeros, and how many of each are sound."""
     frames, mels = features.shape
     count = -(-frames // chunk)
@@ -93,3 +95,28 @@ def cut(
     out[:frames] = features
     length = np.minimum(frames - chunk * np.arange(count), chunk).astype(np.int32)
     return out.reshape(count, chunk, mels), length
+
+
+def chunks(
+    samples: Float[np.ndarray, "n"] | None, geometry: Sound
+) -> tuple[Float[np.ndarray, "A F Z"], Int[np.ndarray, "A"]]:
+    """What an audio tower takes of a clip's sound (`media.decode_sound`'s): chunks and, of each,
+    the frames that are sound.
+
+    Where chunks are padded each is a sound of its own, filled with silence that is heard; else the
+    features are made of the whole, so that one loudest band sets the floor of all.
+
+    Raises ValueError for a clip without sound, and for a rate other than RATE.
+    """
+    if samples is None:
+        raise ValueError("sound is asked of a clip that has none; leave its sound out, or the clip")
+    if geometry.rate != RATE:
+        raise ValueError(f"sound at {geometry.rate} samples a second; features want {RATE}")
+    if not geometry.pad:
+        features = log_mel(samples, geometry.mels, padded=len(samples) + 2 * WINDOW)
+        return cut(features, geometry.chunk)
+    size = geometry.chunk * HOP
+    count = -(-len(samples) // size)
+    whole = np.pad(samples, (0, count * size - len(samples))).reshape(count, size)
+    features = np.stack([log_mel(x, geometry.mels) for x in whole])
+    return features, np.full(count, geometry.chunk, np.int32)
