@@ -60,7 +60,7 @@ def their_weights(torch, params):
     names |= {f"attention.{x}": f"self_attn.{x}_proj" for x in "qkv"}
     norms = {"attention_norm": "self_attn_layer_norm", "mlp_norm": "final_layer_norm"}
     for i in range(len(flat["encoder.blocks.mlp.out.b"])):
-        at = lambda name: flat[f"encoder.blocks.{name}"][i]
+        at = lambda name, i=i: flat[f"encoder.blocks.{name}"][i]
         for ours, name in names.items():
             w = at(f"{ours}.w")
             inputs = 2 if ours == "attention.out" else 1
@@ -112,7 +112,6 @@ def test_features_equal_transformers():
     """At most 1e-6 apart."""
     graph, params = fresh()
     worst, got = compare(CFG, params, graph, sounds())
-    print(worst)
     assert worst < 1e-5 and np.isfinite(got).all()
 
 

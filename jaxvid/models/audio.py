@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxvid.batch import AudioBatch
 from jaxvid.models import encoder
-from jaxvid.models.layers import Compute, Linear
+from jaxvid.models.layers import Compute, LayerNorm, Linear
 
 KERNEL = 3  # frames that an output of a convolution sees
 
@@ -101,7 +101,7 @@ class Tower(nnx.Module):
         width = cfg.encoder.width
         self.convolutions = Convolutions(cfg.mels, width, rngs=rngs)
         self.encoder = encoder.Encoder(cfg.encoder, compute, rngs=rngs)
-        self.norm = encoder.LayerNorm(width, eps=cfg.encoder.norm_eps)
+        self.norm = LayerNorm(width, eps=cfg.encoder.norm_eps)
         self.out = Linear((width,), (cfg.out,), "ffn embed", bias=True, rngs=rngs)
         # Two embeddings that published files have and nothing reads: an export has them too.
         self.marks = nnx.Param(jnp.zeros((2, cfg.out), jnp.float32), axes=("patch", "embed"))
