@@ -57,7 +57,7 @@ def fresh():
     return hf.Loaded(CFG, graph, filled(shapes, 0.5))
 
 
-def filled(shapes, spread):
+def filled(shapes, spread, make=jnp.asarray):
     """Random weights, quickly; biases and norms are not 0 and 1, so that a lost one shows."""
     r = np.random.default_rng(7)
 
@@ -66,7 +66,7 @@ def filled(shapes, spread):
         x -= 0.5
         x *= spread
         x += "scale" in str(path)
-        return jnp.asarray(x)
+        return make(x)
 
     return jax.tree.map_with_path(fill, shapes)
 
