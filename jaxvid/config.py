@@ -5,7 +5,6 @@ Every field is a flag of the command line (`--optimizer.lr 1e-3`), by tyro. Path
 """
 
 import dataclasses
-import functools
 import importlib.resources
 import json
 import pathlib
@@ -15,10 +14,10 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 
 from jaxvid import rewards
-from jaxvid.data import chat, media, pipeline
+from jaxvid.data import chat, pipeline
 from jaxvid.data.pipeline import Data
 from jaxvid.eval import run as evaluation
-from jaxvid.models import hf, qwen25vl
+from jaxvid.models import hf
 from jaxvid.models.layers import Compute
 from jaxvid.objectives.advantages import DAPO, GRPO, DrGRPO, Duality
 from jaxvid.objectives.policy import Policy
@@ -125,18 +124,16 @@ AnyRun = SFTRun | PreferenceRun | PolicyRun | EvalRun
 
 def load_model(run: AnyRun, mesh: Mesh) -> hf.Loaded:
     """The model that a run starts from, computing as the run asks; fresh weights if it says so."""
-    cfg = dataclasses.replace(hf.read_config(run.model), **dataclasses.asdict(run.compute))
+    cfg = dataclasses.replace(hf.read_config(run.model), compute=run.compute)
     if isinstance(run, Run) and run.init:
         return hf.initialise(cfg, run.seed, mesh=mesh)
     return hf.load(run.model, mesh=mesh)._replace(cfg=cfg, graph=hf.abstract(cfg)[0])
 
 
-def make_builder(model: str | pathlib.Path, cfg: qwen25vl.Config, data: Data) -> pipeline.Builder:
+def make_builder(model: str | pathlib.Path, cfg: Any, data: Data) -> pipeline.Builder:
     """What makes the trees of a record for this model: its chat, geometry and positions."""
-    v = cfg.vision
-    vision = media.Vision(patch=v.patch, temporal=v.temporal, merge=v.merge, window=v.window)
-    positions = functools.partial(qwen25vl.positions, cfg=cfg)
-    return pipeline.Builder(chat.Chat(model), vision, positions, data)
+    prompting = cfg.prompting
+    return pipeline.Builder(chat.Chat(model, prompting.markers), prompting, data)
 
 
 def resolve(value: Any) -> Any:

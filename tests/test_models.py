@@ -29,7 +29,8 @@ from qwen import (
 
 from jaxvid import sharding
 from jaxvid.batch import VisionBatch
-from jaxvid.models import hf, layers, qwen25vl
+from jaxvid.models import decoder, hf, layers, qwen25vl
+from jaxvid.models.layers import Compute
 
 # --- positions
 
@@ -81,7 +82,7 @@ def test_decoding_with_one_prompt_cache_equals_the_full_pass(window):
         whole = np.concatenate([ids, b]), np.concatenate([at, turned], 1), np.full(p + len(b), 99)
         full.append(hidden(ours, rows(whole), frames())[0])
     np.testing.assert_allclose(state[0], full[0][p - 1], atol=1e-5)
-    cache = qwen25vl.empty_branches(kv, G, R)
+    cache = decoder.empty_branches(kv, G, R)
     length = jnp.asarray((first.end > 0).sum(1), jnp.int32)
     for i in range(3):
         token = jnp.array([[b[i] for b in branches]] * B, jnp.int32)
@@ -130,7 +131,9 @@ def test_remat_unroll_and_parts_change_nothing_and_bfloat16_little():
     loaded, tokens, seen = fresh(), rows(plain(sequence(4))), frames()
 
     def gradient(params, **settings):
-        graph, _ = hf.abstract(dataclasses.replace(loaded.cfg, **settings))
+        graph, _ = hf.abstract(
+            dataclasses.replace(loaded.cfg, compute=Compute(**{"remat": False, **settings}))
+        )
         loss = lambda p: (nnx.merge(graph, p).hidden(tokens, seen).astype(jnp.float32) ** 3).mean()
         return jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(params)
 

@@ -128,15 +128,32 @@ def lookup(
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale, the statistics in float32."""
 
-    def __init__(self, width: int, *, eps: float):
+    def __init__(self, width: int, *, eps: float, axis: str = "embed"):
         self.eps = eps
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32), axes=("embed",))
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32), axes=(axis,))
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
         return (y.astype(x.dtype) * scale).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / std * scale + bias, the statistics in float32."""
+
+    def __init__(self, width: int, *, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32), axes=("embed",))
+        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32), axes=("embed",))
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        wide = (1,) * (x.ndim - 1) + (-1,)
+        y = y * self.scale[...].reshape(wide) + self.bias[...].reshape(wide)
+        return y.astype(x.dtype)
 
 
 class GatedMLP(nnx.Module):

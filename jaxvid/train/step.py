@@ -73,13 +73,14 @@ def make_score(
 ) -> Callable[[nnx.State, Batch], Scores]:
     """(params, batch) -> Scores, shaped as the batch is: one micro-batch, or a leading axis."""
 
-    def one(params, tokens, vision):
-        return score.score(nnx.merge(graph, params), tokens, vision, temperature=temperature)
+    def one(params, *inputs):
+        return score.score(nnx.merge(graph, params), *inputs, temperature=temperature)
 
     def scores(params, batch):
+        inputs = (batch.tokens, batch.vision, batch.audio)
         if batch.tokens.tokens.ndim == 2:
-            return one(params, batch.tokens, batch.vision)
-        return jax.lax.map(lambda b: one(params, *b), (batch.tokens, batch.vision))
+            return one(params, *inputs)
+        return jax.lax.map(lambda each: one(params, *each), inputs)
 
     return jax.jit(scores)
 
@@ -89,7 +90,9 @@ def make_loss(graph: nnx.GraphDef, objective: Objective, temperature: float):
 
     def loss(params, micro):
         model = nnx.merge(graph, params)
-        scores = score.score(model, micro.tokens, micro.vision, temperature=temperature)
+        scores = score.score(
+            model, micro.tokens, micro.vision, micro.audio, temperature=temperature
+        )
         value = objective(scores, micro)
         return value.numerator, value
 
