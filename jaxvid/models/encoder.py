@@ -9,20 +9,12 @@ Left out: dropout (the published models have none) and rotary positions (models/
 import dataclasses
 import math
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxvid.models.layers import Compute, Linear, scan, stack
+from jaxvid.models.layers import ACTIVATIONS, MLP, Compute, LayerNorm, Linear, scan, stack
 from jaxvid.ops.attention import attention
 from jaxvid.sharding import constrain
-
-ACTIVATIONS = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,36 +41,6 @@ class Config:
             )
 
 
-class LayerNorm(nnx.Module):
-    """(x - mean(x)) / std(x) * scale + bias, the statistics in float32."""
-
-    def __init__(self, width: int, *, eps: float):
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32), axes=("embed",))
-        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32), axes=("embed",))
-
-    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        y = x.astype(jnp.float32)
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        along = lambda w: w[...].reshape((1,) * (x.ndim - 1) + (-1,))
-        return (y * along(self.scale) + along(self.bias)).astype(x.dtype)
-
-
-class MLP(nnx.Module):
-    """out(activation(hidden x)), both with bias."""
-
-    def __init__(
-        self, width: int, ffn: int, activation: str, *, out_scale: float = 1.0, rngs: nnx.Rngs
-    ):
-        self.activation = activation
-        self.hidden = Linear((width,), (ffn,), "embed ffn", bias=True, rngs=rngs)
-        self.out = Linear((ffn,), (width,), "ffn embed", bias=True, scale=out_scale, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        return self.out(ACTIVATIONS[self.activation](self.hidden(x)))
-
-
 class Attention(nnx.Module):
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         D, N, H = cfg.width, cfg.heads, cfg.width // cfg.heads
@@ -98,7 +60,8 @@ class Block(nnx.Module):
         self.attention = Attention(cfg, rngs=rngs)
         self.mlp_norm = LayerNorm(cfg.width, eps=cfg.norm_eps)
         out_scale = 1 / math.sqrt(2 * cfg.layers)
-        self.mlp = MLP(cfg.width, cfg.ffn, cfg.activation, out_scale=out_scale, rngs=rngs)
+        widths = cfg.width, cfg.ffn, cfg.width
+        self.mlp = MLP(widths, cfg.activation, out_scale=out_scale, rngs=rngs)
 
     def __call__(self, x, segment):
         x = x + self.attention(self.attention_norm(x), segment)
