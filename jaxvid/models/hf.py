@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxvid import sharding
-from jaxvid.models import qwen25vl, weights
+from jaxvid.models import llava, omni, qwen25vl, weights
 from jaxvid.models.family import Family
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
@@ -43,7 +43,7 @@ COMPANIONS = (  # what stands beside the weights and is copied by `save`
 )
 
 
-FAMILIES = (qwen25vl.FAMILY,)
+FAMILIES = (qwen25vl.FAMILY, omni.FAMILY, *llava.FAMILIES)
 
 
 class Loaded(NamedTuple):
