@@ -13,7 +13,7 @@ each other, so `Sampling.policy` says whose rules hold:
 `qwen_vl_utils` is what Qwen2.5-VL was trained and is served with; `qwen2_vl` is the video processor
 of transformers 5 for Qwen2-VL, Qwen2.5-VL and Qwen2.5-Omni; `qwen3_vl` is that of Qwen3-VL;
 `uniform` is that of every other family (LLaVA-OneVision, LLaVA-NeXT-Video). Where a clip has fewer
-frames than are asked for, those libraries stop; here frames repeat.
+frames than are asked for, most of them stop; here frames repeat.
 """
 
 import dataclasses
