@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxvid.batch import Medium
 from jaxvid.data import layout, sound
 from jaxvid.data.packing import Budget
 from jaxvid.models import audio, decoder, encoder, hf, omni, vision
 from jaxvid.models.layers import Compute
+from jaxvid.prompting import Medium
 
 TEXT = decoder.Config(
     layers=2, width=32, ffn=48, heads=4, kv_heads=2, vocab=64, rope_sections=(1, 1, 2)

@@ -31,10 +31,10 @@ from omni import (
     tree,
 )
 
-from jaxvid.batch import Medium
 from jaxvid.data import layout
-from jaxvid.models import audio, hf, omni
+from jaxvid.models import audio, hf, omni, weights
 from jaxvid.models.decoder import empty_branches
+from jaxvid.prompting import Medium
 
 MUTE = ((IMAGE,), (CLIP,), (CLIP, CLIP), (IMAGE, CLIP))
 LOUD = ((FILM,), (SOUND,), (SOUND, FILM))
@@ -430,7 +430,7 @@ def test_one_layer_of_everything_at_true_width_equals_transformers():
     stored = {}
     for path, v in hf._leaves(params):  # views, not copies
         place = omni.places(cfg)[path]
-        x = hf._to_stored(np.asarray(v[0] if "{}" in place.name else v[...]), place)
+        x = weights.to_stored(np.asarray(v[0] if "{}" in place.name else v[...]), place)
         x = x.reshape(-1, *place.stored) if place.stored else x
         stored[place.name.format(0)] = torch.from_numpy(x)
     names = {k: stored.pop(omni.hub_name(k)) for k in theirs.state_dict()}

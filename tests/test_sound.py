@@ -9,8 +9,8 @@ import functools
 import numpy as np
 import pytest
 
-from jaxvid.batch import Sound
 from jaxvid.data import sound
+from jaxvid.prompting import Sound
 
 MELS = (80, 128)
 

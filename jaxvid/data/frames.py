@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
 
-from jaxvid.batch import Vision
+from jaxvid.prompting import Vision
 
 Policy = Literal["qwen_vl_utils", "qwen2_vl", "qwen3_vl", "uniform"]
 _EVEN = ("qwen_vl_utils", "qwen2_vl")  # policies that take an even number of frames

@@ -24,13 +24,13 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from jaxtyping import Float, Int, UInt8
 from PIL import ExifTags, Image, ImageOps
 
-from jaxvid.batch import Vision as Vision
 from jaxvid.data import boxes
 from jaxvid.data.frames import QWEN as QWEN
 from jaxvid.data.frames import MediaError as MediaError
 from jaxvid.data.frames import Sampling as Sampling
 from jaxvid.data.frames import fit, frame_indices, frame_size, grid, smart_resize
 from jaxvid.data.frames import patchify as patchify
+from jaxvid.prompting import Vision as Vision
 
 
 class Clip(NamedTuple):

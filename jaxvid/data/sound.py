@@ -14,7 +14,7 @@ import functools
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxvid.batch import Sound
+from jaxvid.prompting import Sound
 
 RATE, HOP, WINDOW = 16_000, 160, 400  # samples: a second, a step, a transform
 BLOCK = 3000  # frames transformed at a time: five minutes would take 100 MB at once

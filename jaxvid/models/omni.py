@@ -17,11 +17,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
-from jaxvid.batch import AudioBatch, Medium, Placed, Sound, Vision, VisionBatch
+from jaxvid.batch import AudioBatch, VisionBatch
 from jaxvid.models import audio, decoder, encoder, qwen25vl, vision
 from jaxvid.models.family import Family, Place, Places, Reader, decoder_places, refuse
 from jaxvid.models.layers import Compute
 from jaxvid.models.multimodal import Features, Multimodal
+from jaxvid.prompting import Medium, Placed, Sound, Vision
 
 FULL = "qwen2_5_omni"  # model_type of a checkpoint with all parts
 FRAMES_PER_SECOND = 100  # log-mel frames

@@ -15,12 +15,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
-from jaxvid.batch import AudioBatch, Medium, Placed, Vision, VisionBatch
+from jaxvid.batch import AudioBatch, VisionBatch
 from jaxvid.models import decoder, vision
 from jaxvid.models.family import Family, Place, Places, Reader, decoder_places, refuse
 from jaxvid.models.layers import Compute
 from jaxvid.models.multimodal import Features, Multimodal
 from jaxvid.models.text_config import SLIDING, sliding_window
+from jaxvid.prompting import Medium, Placed, Vision
 
 # Attributes of a Hugging Face config that say nothing about what is computed here, or that are
 # checked to be what they must be (MUST).
