@@ -84,9 +84,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("model", type=pathlib.Path)
     verb("env", _env, "versions and devices, for a report", "")
     p = verb("tiny", _tiny, "a small model with fresh weights", "qwen2_5_vl runs/start")
-    p.add_argument("family", help="a wrong name lists those there are")
+    p.add_argument("family", help="of the model; a wrong name lists those there are")
     p.add_argument("out", type=pathlib.Path)
-    p.add_argument("--tokenizer", type=pathlib.Path, help="folder; it sets the vocabulary")
+    p.add_argument(
+        "--tokenizer", type=pathlib.Path, help="folder whose tokenizer it gets; default: its own"
+    )
     p.add_argument("--seed", type=int, default=0)
     p = verb("export", _export, "a checkpoint as a model folder", "runs/sft out --which best")
     p.add_argument("workdir", type=pathlib.Path)
@@ -214,11 +216,9 @@ def _inspect(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _tiny(args: argparse.Namespace, rest: list[str]) -> int:
-    from jaxvid.models import hf
+    from jaxvid import runs
 
-    loaded = hf.initialise(hf.tiny_config(args.family, args.tokenizer), args.seed)
-    hf.save(args.out, loaded.cfg, loaded.params, like=args.tokenizer, dtype="float32")
-    print(f"wrote {args.out}")
+    runs.tiny(args.family, args.out, tokenizer=args.tokenizer, seed=args.seed)
     return 0
 
 
