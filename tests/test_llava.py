@@ -28,6 +28,7 @@ from llava import (
 )
 from towers import drawn, filled, pixels
 
+from jaxvid.data import chat, layout, media, pipeline
 from jaxvid.models import decoder, hf, llava
 from jaxvid.models.decoder import empty_branches
 
@@ -492,6 +493,29 @@ def test_media_that_do_not_fit_are_refused():
     medium = image(cfg, 1 + int(np.prod(cfg.prompting.tiles(size).grid)))._replace(size=size)
     with pytest.raises(ValueError, match="has 108 x 108 features; .* Turn down the image size"):
         cfg.prompting.expand(medium, list)
+
+
+@pytest.mark.parametrize("cfg", [VICUNA, ONEVISION], ids=["next-video", "onevision"])
+def test_data_puts_the_features_in_place(cfg, tmp_path):
+    special = (*chat.SPECIAL, "<image>", "<video>")
+    video_id, image_id = special.index("<video>"), special.index("<image>")
+    prompting = dataclasses.replace(cfg.prompting, video_token_id=video_id, image_token_id=image_id)
+    chat.build_tokenizer(["a b"], 320, tmp_path, special=special, markers=prompting.markers)
+    said = chat.Chat(tmp_path, prompting.markers)
+    side, square = cfg.vision.side, cfg.vision.side**2
+    budget = layout.Budget(rows=1, tokens=96, scored=0, branches=0, frames=3, patches=square)
+    data = pipeline.Data(shards=("none",), tasks=("policy",), budget=budget)
+    build = pipeline.Builder(said, prompting, data)
+    for count, seconds, token in ((2, 0.5, video_id), (1, 0.0, image_id)):
+        shown = np.zeros((count, cfg.vision.image, cfg.vision.image, 3), np.uint8)
+        clip = build.clip(media.Clip(shown, seconds), "clip")
+        assert clip.medium.grid == (count, side, side)
+        tokens, vision, _ = layout.prompts([build.tree("r", clip, "a b", ())], budget)
+        at = tokens.tokens[0] == token
+        want = prompting.expand(clip.medium, list).vision
+        assert tokens.media[0, at].tolist() == want.tolist() and not tokens.media[0, ~at].any()
+        assert vision.patches.shape == (1, 3, square, cfg.vision.patch_values)
+        assert vision.window[0].sum(1).tolist() == [square] * count + [0] * (3 - count)
 
 
 # --- one layer of the decoder at true width
