@@ -168,7 +168,8 @@ def _ask(args: argparse.Namespace, rest: list[str]) -> int:
     path = args.model / "sampling.json"
     asked = {k: vars(args)[k] for k in ("frames", "height", "width") if vars(args)[k] is not None}
     stored = json.loads(path.read_text()) if path.is_file() else {}
-    decoded = media.decode(args.clip.read_bytes(), media.Sampling(**stored | asked))
+    sampling = media.Sampling(**stored | asked)
+    decoded = media.decode(args.clip.read_bytes(), sampling, builder.prompting.vision)
     clip = builder.clip(decoded, str(args.clip))
     tree = builder.tree(str(args.clip), clip, args.question, ())
     chat = builder.chat

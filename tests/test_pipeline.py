@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxvid.batch import Placed
 from jaxvid.data import chat, layout, media, pipeline, records, shards
+from jaxvid.prompting import Placed
 
 VISION = media.Vision(patch=4, temporal=2, merge=2, window=16)
 SAMPLING = media.Sampling(frames=4, height=16, width=16)

@@ -16,10 +16,11 @@ import numpy as np
 from absl import flags
 from jaxtyping import UInt8
 
-from jaxvid.batch import Batch, Medium, Prompting
+from jaxvid.batch import Batch
 from jaxvid.data import layout, media, records, shards
 from jaxvid.data.chat import Chat
 from jaxvid.data.layout import Branch, Tree
+from jaxvid.prompting import Medium, Prompting
 
 SUPERVISED = ("sft", "choice", "caption")  # tasks whose `answer` responses are imitated
 GREY = 128  # a blank clip's pixels
@@ -146,7 +147,7 @@ class Builder:
             )
         cache = media.FrameCache(self.data.cache or None)
         try:
-            decoded = cache.decode(item.data, self.data.sampling)
+            decoded = cache.decode(item.data, self.data.sampling, self.prompting.vision)
         except media.MediaError as error:
             raise media.MediaError(f"record {record.id!r}, media {side}: {error}") from error
         clip = self.clip(decoded, record.id, side=side, blank=blank)
