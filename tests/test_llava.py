@@ -31,6 +31,7 @@ from towers import drawn, filled, pixels
 from jaxvid.data import chat, layout, media, pipeline
 from jaxvid.models import decoder, hf, llava
 from jaxvid.models.decoder import empty_branches
+from jaxvid.prompting import Vision
 
 # --- transformers is the oracle
 
@@ -356,9 +357,16 @@ def test_published_models_have_their_size(name, tmp_path):
 
 
 def test_frames_of_the_published_models_have_their_tokens():
-    clip = lambda cfg: len(cfg.prompting.expand(video(cfg, 8), list).ids)
-    assert clip(parse(NEXT)) == 8 * 144
-    assert clip(parse(PUBLISHED["onevision-7b"][0])) == 8 * 196 + 1
+    one = Vision(patch=14, temporal=1, merge=1, window=0)
+    for name, size, fit, pooled, extra in (
+        ("next-video-7b", 336, "crop", 144, 0),
+        ("onevision-7b", 384, "exact", 196, 1),
+    ):
+        cfg = parse(PUBLISHED[name][0])
+        assert len(cfg.prompting.expand(video(cfg, 8), list).ids) == 8 * pooled + extra
+        slots = (size // 14) ** 2 + pooled
+        want = dataclasses.replace(one, size=size, fit=fit, pooled=slots)
+        assert cfg.prompting.vision == want
 
 
 @pytest.mark.parametrize("cfg", CONFIGS.values(), ids=list(CONFIGS))
