@@ -54,9 +54,9 @@ class Medium(NamedTuple):
 class Placed(NamedTuple):
     """The tokens that stand for one medium in a prompt, and which feature each of them takes."""
 
-    ids: Int[Array, "n"]
-    vision: Int[Array, "n"]  # 1 + index of the medium's vision feature; -1 separator; 0 none
-    sound: Int[Array, "n"]  # 1 + index of the medium's sound slot; 0 none
+    ids: Int[np.ndarray, "n"]
+    vision: Int[np.ndarray, "n"]  # 1 + index of the medium's vision feature; -1 separator; 0 none
+    sound: Int[np.ndarray, "n"]  # 1 + index of the medium's sound slot; 0 none
 
 
 @runtime_checkable
