@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import json
 
 import jax
@@ -26,6 +27,7 @@ from llava import (
     rows,
     video,
 )
+from PIL import Image
 from towers import drawn, filled, pixels
 
 from jaxvid.data import chat, layout, media, pipeline
@@ -512,12 +514,17 @@ def test_data_puts_the_features_in_place(cfg, tmp_path):
     said = chat.Chat(tmp_path, prompting.markers)
     side, square = cfg.vision.side, cfg.vision.side**2
     budget = layout.Budget(rows=1, tokens=96, scored=0, branches=0, frames=3, patches=square)
-    data = pipeline.Data(shards=("none",), tasks=("policy",), budget=budget)
-    build = pipeline.Builder(said, prompting, data)
-    for count, seconds, token in ((2, 0.5, video_id), (1, 0.0, image_id)):
-        shown = np.zeros((count, cfg.vision.image, cfg.vision.image, 3), np.uint8)
-        clip = build.clip(media.Clip(shown, seconds), "clip")
-        assert clip.medium.grid == (count, side, side)
+    sampling = media.Sampling(frames=2, height=cfg.vision.image, width=cfg.vision.image)
+    how = pipeline.Data(shards=("none",), tasks=("policy",), budget=budget, sampling=sampling)
+    build = pipeline.Builder(said, prompting, how)
+    shown = np.random.default_rng(0).integers(0, 256, (2, 40, 60, 3)).astype(np.uint8)
+    Image.fromarray(shown[0]).save(file := io.BytesIO(), "PNG")
+    for count, data, token in (
+        (2, media.encode(shown, 2.0), video_id),
+        (1, file.getvalue(), image_id),
+    ):
+        clip = build.clip(data, "clip", how)
+        assert clip.medium.grid == (count, side, side) and clip.medium.size == (40, 60)
         tokens, vision, _ = layout.prompts([build.tree("r", clip, "a b", ())], budget)
         at = tokens.tokens[0] == token
         want = prompting.expand(clip.medium, list).vision
