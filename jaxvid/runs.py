@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from jaxvid import config, sharding
 from jaxvid.config import AnyRun, EvalRun, Run
-from jaxvid.data import chat, pipeline
+from jaxvid.data import chat, frames, pipeline
 from jaxvid.eval import run as evaluation
 from jaxvid.models import hf
 from jaxvid.train import loop, policy, state, step
@@ -217,6 +217,22 @@ def evaluate(run: EvalRun, workdir: pathlib.Path) -> dict[str, evaluation.Result
                 model, builder, ask, out=out, about=saved, mesh=mesh
             )
     return found
+
+
+def sampling_of(
+    folder: pathlib.Path, cfg: Any, asked: dict[str, Any] | None = None
+) -> frames.Sampling:
+    """Which frames a model sees: as it was trained (the folder's sampling.json), or else two a
+    second, at most 32 of at most 256 tokens. `asked` takes the place of single settings."""
+    path, vision = pathlib.Path(folder) / "sampling.json", cfg.prompting.vision
+    if path.is_file():
+        stored = json.loads(path.read_text())
+    elif vision.size:
+        stored = {"frames": 32, "fps": 2.0, "height": vision.size, "width": vision.size}
+    else:
+        most = 256 * (vision.patch * vision.merge) ** 2
+        stored = {"frames": 32, "fps": 2.0, "height": 0, "width": 0, "max_pixels": most}
+    return frames.Sampling(**stored | (asked or {}))
 
 
 # What a tiny twin's own tokenizer knows as words; all other text is written letter by letter.
