@@ -140,10 +140,6 @@ def _leaves(params: nnx.State) -> list[tuple[tuple[str, ...], nnx.Variable]]:
     return [(_path(key_path), v) for key_path, v in leaves]
 
 
-def _slices(bounds: tuple[tuple[int, int], ...]) -> tuple[slice, ...]:
-    return tuple(slice(*b) for b in bounds)
-
-
 def load(folder: str | pathlib.Path, *, mesh: Mesh | None = None, dtype: str = "float32") -> Loaded:
     """Read a model folder. On a mesh the weights come sharded, and no host reads all of them.
 
@@ -174,10 +170,17 @@ def load(folder: str | pathlib.Path, *, mesh: Mesh | None = None, dtype: str = "
             return v.replace(jax.numpy.asarray(read(_path(key_path), v.shape, index)))
 
         def sharded(key_path, v, s):
-            # Devices that hold the same piece share one reading of it.
-            fetch = functools.cache(lambda *bounds: read(_path(key_path), v.shape, _slices(bounds)))
-            piece = lambda index: fetch(*(s.indices(d)[:2] for s, d in zip(index, v.shape)))
-            return v.replace(jax.make_array_from_callback(v.shape, s.get_value(), piece))
+            # Piece by piece, each read once and gone from the host when its devices have it.
+            holders: dict[tuple, list] = {}
+            for device, index in s.get_value().addressable_devices_indices_map(v.shape).items():
+                bounds = tuple(cut.indices(d)[:2] for cut, d in zip(index, v.shape))
+                holders.setdefault(bounds, []).append(device)
+            parts = []
+            for bounds, devices in holders.items():
+                piece = read(_path(key_path), v.shape, tuple(slice(*b) for b in bounds))
+                parts += jax.block_until_ready([jax.device_put(piece, d) for d in devices])
+            array = jax.make_array_from_single_device_arrays(v.shape, s.get_value(), parts)
+            return v.replace(array)
 
         is_weight = lambda v: isinstance(v, nnx.Variable)
         if mesh is None:
