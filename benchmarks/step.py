@@ -21,8 +21,9 @@ from jax.sharding import Mesh
 
 from benchmarks import tpu
 from jaxvid import sharding
-from jaxvid.batch import Batch, Branches, TokenBatch, VisionBatch
+from jaxvid.batch import AudioBatch, Batch, Branches, TokenBatch, VisionBatch
 from jaxvid.models import decoder, qwen25vl, vision
+from jaxvid.models.layers import Compute
 from jaxvid.objectives.policy import Policy
 from jaxvid.objectives.preference import DPO
 from jaxvid.objectives.sft import SFT
@@ -47,7 +48,9 @@ def config(layers: int = 28, parts: int = 1) -> qwen25vl.Config:
         rope_sections=(16, 24, 24),
     )
     tower = vision.Config(layers=1, width=64, ffn=64, heads=4, out=3584, full=(0,))
-    return qwen25vl.Config(text=text, vision=tower, dtype="bfloat16", ffn_parts=parts)
+    return qwen25vl.Config(
+        text=text, vision=tower, compute=Compute(dtype="bfloat16", ffn_parts=parts)
+    )
 
 
 def abstract_batch(mesh: Mesh, rows: int, tokens: int, scored: int, branches: int) -> Batch:
@@ -58,11 +61,12 @@ def abstract_batch(mesh: Mesh, rows: int, tokens: int, scored: int, branches: in
     row, some = leaf(whole, tokens), leaf(whole, scored)
     place_of = TokenBatch(row, leaf(whole, 3, tokens), row, row, row, some, some, some)
     none = VisionBatch(leaf(jnp.uint8, 0, 4, 1176), leaf(whole, 0, 4, 2), leaf(whole, 0, 4))
+    still = AudioBatch(leaf(real, 0, 0, 0), leaf(whole, 0))
     reals = ("weight", "advantage", "value")
     table = Branches(
         *(leaf(real if name in reals else whole, branches) for name in Branches._fields)
     )
-    return Batch(place_of, none, table, *(leaf(real, scored),) * 3)
+    return Batch(place_of, none, still, table, *(leaf(real, scored),) * 3)
 
 
 def lower(mesh: Mesh, cfg: qwen25vl.Config, objective, batch: Batch) -> jax.stages.Lowered:

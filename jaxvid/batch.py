@@ -1,9 +1,10 @@
-"""The arrays that flow between parts. Everything here is a pytree; nothing here computes.
+"""What flows between parts: arrays as pytrees, and the geometry by which models and data agree.
 
 One letter per axis, everywhere (type hints, einsums, comments):
   B rows   T tokens of a row   S scored tokens of a row   M branches of a row   D width   F ffn
   V vocabulary   L layers   N query heads   K kv heads   H head dim   G branches per prompt
   E vision frames (temporal patches) of a row   Q patches of a frame   C numbers in a patch
+  A sound chunks of a row   F log-mel frames of a chunk   Z mel bins
 
 A row holds trees, depth first: a prompt once, then its branches (then the next tree).
 
@@ -17,8 +18,11 @@ A row holds trees, depth first: a prompt once, then its branches (then the next 
 own path. Every leaf has rows on its first axis, so one sharding and one micro-batch scan serve all.
 """
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 
@@ -29,7 +33,7 @@ class TokenBatch(NamedTuple):
     positions: Int[Array, "B 3 T"]  # (time, height, width) for M-RoPE; equal on text
     end: Int[Array, "B T"]  # 0 is padding
     depth: Int[Array, "B T"]
-    media: Int[Array, "B T"]  # 1 + index of the row's merged vision feature put here; 0 is text
+    media: Int[Array, "B T"]  # which of the row's media features is put here, see below; 0 is text
     sources: Int[Array, "B S"]  # index of the hidden state that predicts the scored token
     targets: Int[Array, "B S"]  # the scored token
     slot: Int[Array, "B S"]  # which branch it belongs to, 1 + column of Branches; 0 is padding
@@ -39,12 +43,21 @@ class VisionBatch(NamedTuple):
     """Patches of a row's videos, frame by frame: attention never crosses a temporal patch.
 
     The patches of a frame stand in merge order (the merge x merge patches of one token together).
-    Merged feature i of a row is frame i // (Q / merge^2), place i % (Q / merge^2).
+    `TokenBatch.media` is 1 + an index into the row's features: first those of vision, frame by
+    frame (`Vision.slots` each), then those of sound, chunk by chunk (`Sound.slots` each). -1 is the
+    family's separator, an embedding of its own (LLaVA's newline).
     """
 
     patches: UInt8[Array, "B E Q C"]  # raw pixels; the model normalises
     coords: Int[Array, "B E Q 2"]  # (row, column) of each patch in its frame
     window: Int[Array, "B E Q"]  # attention window, from 1; 0 is padding
+
+
+class AudioBatch(NamedTuple):
+    """Log-mel frames of a row's sounds, chunk by chunk: attention never crosses a chunk."""
+
+    features: Float[Array, "B A F Z"]
+    length: Int[Array, "B A"]  # frames of the chunk that are sound; 0 is padding
 
 
 class Branches(NamedTuple):
@@ -67,6 +80,7 @@ class Batch(NamedTuple):
 
     tokens: TokenBatch
     vision: VisionBatch
+    audio: AudioBatch
     branches: Branches
     old: Float[Array, "B S"]  # trainer's log-prob at the update's start; NaN is the present one
     ref: Float[Array, "B S"]  # log-prob under the frozen reference; preference objectives and KL
@@ -89,3 +103,70 @@ class Loss(NamedTuple):
     numerator: Float[Array, ""]
     denominator: Float[Array, ""]
     metrics: dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
+
+
+# What a family says of its media, so that data can be prepared for it ---------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Vision:
+    """The vision tower's geometry, in pixels and frames."""
+
+    patch: int = 14
+    temporal: int = 2  # frames of one temporal patch
+    merge: int = 2  # side, in patches, of what becomes one feature
+    window: int = 112  # side of an attention window in pixels; 0 is the whole frame
+    size: int = 0  # side of the square every frame is brought to; 0 keeps the aspect
+    pooled: int = 0  # features of a frame where the model pools them; 0 is one per merged patch
+
+    def slots(self, patches: int) -> int:
+        """Features that a frame of so many patches gives."""
+        return self.pooled or patches // self.merge**2
+
+
+@dataclasses.dataclass(frozen=True)
+class Sound:
+    """The audio tower's geometry, in samples and log-mel frames."""
+
+    chunk: int  # log-mel frames encoded together
+    slots: int  # features of a full chunk
+    mels: int = 128
+    rate: int = 16_000  # samples a second
+    pad: bool = False  # the last chunk is filled with silence, and heard to its end
+
+
+class Medium(NamedTuple):
+    """One medium of a prompt, measured: all that its tokens and their positions depend on."""
+
+    kind: str  # image, video or audio
+    grid: tuple[int, int, int] = (0, 0, 0)  # (time, height, width) in patches
+    seconds: float = 0.0  # from one temporal patch to the next
+    sound: int = 0  # log-mel frames of its sound; 0 is none
+    size: tuple[int, int] = (0, 0)  # (height, width) in pixels before it was resized
+
+
+class Placed(NamedTuple):
+    """The tokens that stand for one medium in a prompt, and which feature each of them takes."""
+
+    ids: Int[Array, "n"]
+    vision: Int[Array, "n"]  # 1 + index of the medium's vision feature; -1 separator; 0 none
+    sound: Int[Array, "n"]  # 1 + index of the medium's sound slot; 0 none
+
+
+@runtime_checkable
+class Prompting(Protocol):
+    """How media become tokens and positions. Numpy alone; pickled into data workers."""
+
+    vision: Vision
+    sound: Sound | None  # None: the family does not hear
+    markers: Mapping[str, str]  # kind of medium -> what the chat template writes for it
+
+    def expand(self, medium: Medium, encode: Callable[[str], list[int]]) -> Placed:
+        """The tokens that replace the whole marker. `encode` tokenises plain text."""
+        ...
+
+    def positions(
+        self, tokens: Int[np.ndarray, "n"], media: Sequence[Medium]
+    ) -> Int[np.ndarray, "3 n"]:
+        """(time, height, width) of each token; three equal rows where the family has one axis."""
+        ...

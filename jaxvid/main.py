@@ -83,7 +83,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("model", type=pathlib.Path)
     verb("env", _env, "versions and devices, for a report", "")
     p = verb("tiny", _tiny, "a small model with fresh weights", "qwen2_5_vl runs/start")
-    p.add_argument("family", choices=["qwen2_5_vl"])
+    p.add_argument("family", help="a wrong name lists those there are")
     p.add_argument("out", type=pathlib.Path)
     p.add_argument("--tokenizer", type=pathlib.Path, help="folder; it sets the vocabulary")
     p.add_argument("--seed", type=int, default=0)
@@ -91,6 +91,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("workdir", type=pathlib.Path)
     p.add_argument("out", type=pathlib.Path)
     p.add_argument("--which", default="last", help="last, best, or a step")
+    p.add_argument("--adapter", action="store_true", help="a LoRA run's adapters alone, for PEFT")
     p = verb("report", _report, "one HTML file of a folder of stages", "runs/local")
     p.add_argument("workdir", type=pathlib.Path)
     return parser, made
@@ -156,11 +157,10 @@ def _ablate(args: argparse.Namespace, rest: list[str]) -> int:
 
 def _ask(args: argparse.Namespace, rest: list[str]) -> int:
     import jax
-    import numpy as np
     from flax import nnx
 
     from jaxvid import config
-    from jaxvid.data import layout, media
+    from jaxvid.data import media
     from jaxvid.models import hf
     from jaxvid.rollout import sampler
 
@@ -169,19 +169,10 @@ def _ask(args: argparse.Namespace, rest: list[str]) -> int:
     path = args.model / "sampling.json"
     asked = {k: vars(args)[k] for k in ("frames", "height", "width") if vars(args)[k] is not None}
     stored = json.loads(path.read_text()) if path.is_file() else {}
-    clip = media.decode(args.clip.read_bytes(), media.Sampling(**stored | asked))
-    patches, grid = media.patchify(clip.frames, builder.vision)
-    image, chat = len(clip.frames) == 1, builder.chat
-    prompt = chat.prompt(args.question, int(np.prod(grid)) // builder.vision.merge**2, image=image)
-    tree = layout.tree(
-        str(args.clip),
-        prompt,
-        builder.positions(prompt, [grid], [clip.seconds_per_frame * builder.vision.temporal]),
-        builder.vision,
-        placeholders=prompt == (chat.image_id if image else chat.video_id),
-        patches=patches,
-        grid=grid,
-    )
+    decoded = media.decode(args.clip.read_bytes(), media.Sampling(**stored | asked))
+    clip = builder.clip(decoded, str(args.clip))
+    tree = builder.tree(str(args.clip), clip, args.question, ())
+    chat = builder.chat
     how = sampler.Sampling(max_tokens=args.max_tokens, temperature=0.0)
     keys = jax.random.split(jax.random.key(0), 1)
     model = nnx.merge(loaded.graph, loaded.params)
@@ -225,30 +216,16 @@ def _inspect(args: argparse.Namespace, rest: list[str]) -> int:
 def _tiny(args: argparse.Namespace, rest: list[str]) -> int:
     from jaxvid.models import hf
 
-    loaded = hf.initialise(hf.tiny_config(args.tokenizer), args.seed)
+    loaded = hf.initialise(hf.tiny_config(args.family, args.tokenizer), args.seed)
     hf.save(args.out, loaded.cfg, loaded.params, like=args.tokenizer, dtype="float32")
     print(f"wrote {args.out}")
     return 0
 
 
 def _export(args: argparse.Namespace, rest: list[str]) -> int:
-    import jax
+    from jaxvid import runs
 
-    from jaxvid import config, runs, sharding
-    from jaxvid.models import hf
-    from jaxvid.train import checkpoint
-
-    run = config.read(json.loads((args.workdir / "config.json").read_text()))
-    saver = checkpoint.Checkpoints(args.workdir / "checkpoints", best=run.best, mode=run.best_mode)
-    named = {"last": saver.latest, "best": saver.best_step}
-    step = named[args.which]() if args.which in named else int(args.which)
-    if step is None:
-        raise FileNotFoundError(f"{args.workdir} has no {args.which} checkpoint")
-    cfg, mesh = hf.read_config(run.model), sharding.make_mesh()
-    with jax.set_mesh(mesh):
-        _, shapes = hf.abstract(cfg)
-        params = saver.restore_params(shapes, sharding.parameter_shardings(shapes, mesh), step)
-        runs.write_model(run, cfg, params, args.out)
+    runs.export(args.workdir, args.out, args.which, adapter=args.adapter)
     return 0
 
 

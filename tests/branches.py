@@ -26,7 +26,7 @@ def make(logp=LOGP, old=0.0, ref=0.0, sampled=0.0, entropy=0.5, **branches):
     none = np.zeros(SLOT.shape, np.int32)
     tokens = TokenBatch(none, none[:, None], none, none, none, none, none, SLOT)
     vision = VisionBatch(*(np.zeros((2, 1), np.int32) for _ in VisionBatch._fields))
-    batch = Batch(tokens, vision, table, full(old), full(ref), full(sampled))
+    batch = Batch(tokens, vision, None, table, full(old), full(ref), full(sampled))
     return Scores(full(logp), full(entropy)), batch
 
 

@@ -1,4 +1,4 @@
-"""A model of the real layers, small enough to compile at once: a tower, two scanned MLPs, a table."""
+"""A model of the real layers, small enough to compile at once: tower, two scanned MLPs, table."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ WIDTH, FFN = 64, 128
 
 
 class Net(nnx.Module):
-    def __init__(self, compute=layers.Compute(remat="none"), *, rngs: nnx.Rngs):
+    def __init__(self, compute: layers.Compute, *, rngs: nnx.Rngs):
         self.compute = compute
         draw = 0.5 * jax.random.normal(rngs.params(), (64, WIDTH))
         self.table = nnx.Param(draw, axes=("vocab", "embed"))
@@ -18,7 +18,7 @@ class Net(nnx.Module):
         self.blocks = layers.stack(lambda r: layers.GatedMLP(WIDTH, FFN, rngs=r), 2, rngs)
         self.norm = layers.RMSNorm(WIDTH, eps=1e-6)
 
-    def hidden(self, tokens, vision):
+    def hidden(self, tokens, vision, audio=None):
         seen = vision.patches.astype(jnp.float32).mean((1, 2)) / 255
         x = layers.lookup(self.table[...], tokens.tokens, self.compute.dtype)
         x = x + self.tower(seen.astype(x.dtype))[:, None]

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxvid.data import chat, layout, media, pipeline, records, shards
 from jaxvid.models import decoder, hf, qwen25vl, vision
 from jaxvid.models.decoder import KV
+from jaxvid.models.layers import Compute
 
 OPTIONS = ("gets brighter", "gets darker", "stays grey", "turns red")
 ASKED = "What happens? A gets brighter B gets darker C stays grey D turns red"
@@ -54,7 +55,7 @@ def write(folder, found, split: str = "test") -> None:
 
 def config(folder) -> qwen25vl.Config:
     """The tiny family with the tokenizer's own ids, smaller still."""
-    ids = hf.tiny_config(folder / "model")
+    ids = hf.tiny_config("qwen2_5_vl", folder / "model")
     text = decoder.Config(
         layers=1,
         width=32,
@@ -72,8 +73,10 @@ def config(folder) -> qwen25vl.Config:
         vision=tower,
         video_token_id=ids.video_token_id,
         image_token_id=ids.image_token_id,
+        vision_start_token_id=ids.vision_start_token_id,
+        vision_end_token_id=ids.vision_end_token_id,
         fractional_seconds=True,
-        remat=False,
+        compute=Compute(remat="none"),
         tied=True,
     )
 
@@ -87,8 +90,7 @@ def builder(folder, split: str = "test") -> pipeline.Builder:
         sampling=SAMPLING,
         budget=layout.Budget(rows=8, tokens=192, scored=96, branches=16, frames=4, patches=16),
     )
-    positions = functools.partial(qwen25vl.positions, cfg=config(folder))
-    return pipeline.Builder(chat.Chat(folder / "model"), VISION, positions, data)
+    return pipeline.Builder(chat.Chat(folder / "model"), config(folder).prompting, data)
 
 
 class Watcher(nnx.Module):
@@ -112,7 +114,7 @@ class Watcher(nnx.Module):
         token = self.said[...][reply, jnp.minimum(step, self.said.shape[1] - 1)]
         return jax.nn.one_hot(token, self.rows) * 50.0
 
-    def prefill(self, tokens, seen):
+    def prefill(self, tokens, seen, audio=None):
         light = seen.patches.astype(jnp.float32).mean((2, 3))
         change = light[:, -1] - light[:, 0]
         reply = jnp.where(change > 2, 0, jnp.where(change < -2, 1, 2))

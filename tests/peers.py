@@ -39,7 +39,9 @@ def rows(drawn, branches, dtype, **table):
     none = np.zeros(branches.shape, np.int32)
     fill = lambda name: np.asarray(drawn.get(name, np.zeros(branches.shape)), dtype)
     tokens = TokenBatch(none, none[:, :, None], *[none] * 5, branches.astype(np.int32))
-    batch = Batch(tokens, VisionBatch(none, none, none), columns, *map(fill, ("old", "ref")), None)
+    batch = Batch(
+        tokens, VisionBatch(none, none, none), None, columns, *map(fill, ("old", "ref")), None
+    )
     return Scores(fill("logp"), fill("entropy")), batch._replace(sampled=fill("sampled"))
 
 

@@ -9,6 +9,7 @@ from flax import nnx
 
 from jaxvid.batch import TokenBatch, VisionBatch
 from jaxvid.models import decoder, hf, qwen25vl, vision
+from jaxvid.models.layers import Compute
 
 VIDEO = 5
 TEXT = decoder.Config(
@@ -26,7 +27,7 @@ CFG = qwen25vl.Config(
     vision_end_token_id=3,
     bos_token_id=0,
     eos_token_id=1,
-    remat=False,
+    compute=Compute(remat="none"),
 )
 QUICK = {"xla_backend_optimization_level": 0}  # for programs that run once
 GRID = (2, 6, 6)  # windows of 2 x 2 merged tokens on 3 x 3: full, two kinds of partial, a corner

@@ -97,7 +97,7 @@ def test_frozen_weights_may_be_bfloat16():
     data, results = batch([1, 2], rows=2), []
     for dtype in (jnp.float32, jnp.bfloat16):
         graph, trained, frozen = parts(("blocks", "table"))
-        half = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(dtype), frozen)
+        half = jax.tree.map(lambda x, to=dtype: x.astype(jnp.bfloat16).astype(to), frozen)
         tx = ADAM.build(6, trained)
         train_step = step.make_step(graph, SFT(), tx)
         state, values = train_step(states.create(trained, tx, frozen=half), data)

@@ -29,7 +29,8 @@ from qwen import (
     tower,
 )
 
-from jaxvid.models import hf, qwen25vl
+from jaxvid.models import decoder, hf, qwen25vl
+from jaxvid.models.layers import Compute
 
 # --- transformers is the oracle
 
@@ -98,7 +99,7 @@ def test_folder_of_transformers_is_read(oracle, tmp_path):
     torch, theirs, loaded = oracle
     theirs.save_pretrained(tmp_path)
     read = hf.load(tmp_path)
-    assert dataclasses.replace(read.cfg, remat=False) == loaded.cfg
+    assert dataclasses.replace(read.cfg, compute=Compute(remat="none")) == loaded.cfg
     jax.tree.map(np.testing.assert_array_equal, read.params, loaded.params)
 
 
@@ -112,7 +113,7 @@ def test_greedy_generation_equals_transformers(oracle):
     ours = model(loaded)
     tokens = rows(plain(ids, cfg))
     state, prompt = prefill(ours, tokens, seen)
-    state, branch = jnp.stack([state] * G, 1), qwen25vl.empty_branches(prompt, G, R)
+    state, branch = jnp.stack([state] * G, 1), decoder.empty_branches(prompt, G, R)
     after, length, out = int(tokens.positions.max()) + 1, jnp.full(B, len(ids)), []
     for i in range(R):
         token = (state @ ours.unembedding().T).argmax(-1).astype(jnp.int32)
@@ -135,7 +136,7 @@ def test_folder_round_trip(tied, tmp_path, monkeypatch):
     assert len({p.stat().st_mode for p in (tmp_path / "m").iterdir()}) == 1  # all can be read alike
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
     read = hf.load(tmp_path / "m")
-    assert dataclasses.replace(read.cfg, remat=False) == loaded.cfg
+    assert dataclasses.replace(read.cfg, compute=Compute(remat="none")) == loaded.cfg
     jax.tree.map(np.testing.assert_array_equal, read.params, loaded.params)
 
 
@@ -247,15 +248,15 @@ def test_published_config_has_the_published_size():
     cfg = qwen25vl.Config.from_hf(published())
     assert (cfg.text.head, cfg.text.rope_sections, cfg.tied) == (128, (16, 24, 24), False)
     assert parameters(cfg) == 8_292_166_656
-    assert parameters(hf.tiny_config()) < 3.8e6
+    assert parameters(hf.tiny_config("qwen2_5_vl")) < 3.8e6
 
 
 @pytest.mark.parametrize(
-    "cfg", [CFG, hf.tiny_config(), fresh(window=7).cfg], ids=["test", "tiny", "window"]
+    "cfg", [CFG, hf.tiny_config("qwen2_5_vl"), fresh(window=7).cfg], ids=["test", "tiny", "window"]
 )
 def test_config_round_trip(cfg):
     read = qwen25vl.Config.from_hf(json.loads(json.dumps(cfg.to_hf())))
-    assert dataclasses.replace(read, remat=cfg.remat, unroll=cfg.unroll) == cfg
+    assert dataclasses.replace(read, compute=cfg.compute) == cfg
 
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 4096}
@@ -313,19 +314,20 @@ def test_configs_refuse_what_does_not_fit():
     with pytest.raises(ValueError, match="Set vision.out"):
         dataclasses.replace(CFG, vision=dataclasses.replace(TOWER, out=64))
     with pytest.raises(ValueError, match="dtype='float16' is not known"):
-        dataclasses.replace(CFG, dtype="float16")
+        Compute(dtype="float16")
     with pytest.raises(ValueError, match="Patchify with this model's settings"):
         seen = frames()
         model(fresh()).tower(seen._replace(patches=seen.patches[..., :48]))
 
 
 def test_tiny_config_reads_the_tokenizer(tmp_path):
-    added = [{"id": 700 + i, "content": c} for i, c in enumerate(sorted(set(hf.SPECIAL.values())))]
+    special = sorted(set(qwen25vl.FAMILY.special.values()))
+    added = [{"id": 700 + i, "content": c} for i, c in enumerate(special)]
     read = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": added}
     (tmp_path / "tokenizer.json").write_text(json.dumps(read))
-    cfg = hf.tiny_config(tmp_path)
+    cfg = hf.tiny_config("qwen2_5_vl", tmp_path)
     ids = {t["content"]: t["id"] for t in added}
     assert cfg.text.vocab == 768 and cfg.video_token_id == ids["<|video_pad|>"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(read | {"added_tokens": added[1:]}))
     with pytest.raises(ValueError, match="has no <|endoftext|>".replace("|", r"\|")):
-        hf.tiny_config(tmp_path)
+        hf.tiny_config("qwen2_5_vl", tmp_path)

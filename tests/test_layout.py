@@ -79,9 +79,8 @@ def build(groups, first=1000):
                 prompt.astype(np.int32),
                 np.stack([np.arange(n), np.arange(n) % 5, np.arange(n) % 3]),
                 VISION,
-                placeholders=placeholders,
-                patches=patches,
-                grid=grid,
+                clips=[layout.Clip(patches, grid)] if features else [],
+                seen=layout.in_order(placeholders),
                 branches=tuple(made),
             )
             out[-1].append(layout.numbered(tree, record=g, pair=10 * g))
@@ -179,14 +178,17 @@ def test_placeholders_point_at_their_own_patches(groups):
             marks = batch.vision.patches[row, frame, merged, :2].astype(int) @ [256, 1]
             token = batch.tokens.tokens[row, at]
             (tree,) = [t for g in groups for t in g if token in t.prompt]
-            index = int(np.flatnonzero(tree.prompt == token)[0] - np.argmax(tree.media > 0))
-            wanted = tree.patches.reshape(-1, 4, CHANNELS)[index, :, :2].astype(int) @ [256, 1]
+            index = int(np.flatnonzero(tree.prompt == token)[0] - np.argmax(tree.seen > 0))
+            wanted = tree.clips[0].patches.reshape(-1, 4, CHANNELS)[index, :, :2].astype(int) @ [
+                256,
+                1,
+            ]
             np.testing.assert_array_equal(marks, wanted)
             assert (batch.vision.window[row, frame, merged] > 0).all()
             found += 1
-    assert found == sum((t.media > 0).sum() for g in groups for t in g)
+    assert found == sum((t.seen > 0).sum() for g in groups for t in g)
     patches = sum((b.vision.window > 0).sum() for b in batches)
-    assert patches == sum(t.patches.shape[0] * t.patches.shape[1] for g in groups for t in g)
+    assert patches == sum(f.patches[..., 0].size for g in groups for t in g for f in t.clips)
 
 
 @settings(max_examples=60, deadline=None)
@@ -219,7 +221,8 @@ def test_assignment_keeps_groups_together_within_every_bound(groups, shards):
         assert all((np.array(u) <= budget.row).all() for u in used)
     # No two micro-batches are both less than half full, or first fit would have joined them.
     heavy = [
-        sum(max(np.divide(n, budget.row)) for g, _ in micro for n in groups[g]) for micro in plan
+        sum(max(np.divide(n, budget.row)[:4]) for g, _ in micro for n in groups[g])
+        for micro in plan
     ]
     assert sum(h <= 0.5 for h in heavy) <= 1
 
@@ -292,9 +295,13 @@ def test_a_tree_too_large_is_named_with_the_setting():
 def test_a_tree_that_does_not_hang_together_is_refused():
     ids, positions = np.arange(3, dtype=np.int32), np.zeros((3, 3), np.int32)
     patches = np.zeros((1, 4, CHANNELS), np.uint8)
-    with pytest.raises(ValueError, match="2 media placeholders .* gives 1 features"):
-        two = np.array([True, True, False])
-        layout.tree("r", ids, positions, VISION, placeholders=two, patches=patches, grid=(1, 2, 2))
+    with pytest.raises(ValueError, match="2 media placeholders .* give 1 vision features"):
+        clips, two = [layout.Clip(patches, (1, 2, 2))], np.array([1, 2, 0])
+        layout.tree("r", ids, positions, VISION, clips=clips, seen=two)
+    with pytest.raises(ValueError, match="names vision features up to 3"):
+        layout.tree("r", ids, positions, VISION, clips=clips, seen=np.array([0, 3, 0]))
+    with pytest.raises(ValueError, match="1 media placeholders .* give 0 sound slots"):
+        layout.tree("r", ids, positions, VISION, heard=np.array([1, 0, 0]))
     for branch, fault in (
         (Branch(ids, np.ones(2, bool)), "2 scored flags"),
         (Branch(ids, np.ones(3, bool), parent=1), "parent 1"),
@@ -316,25 +323,27 @@ def test_text_after_a_clip_sets_where_branches_start():
         np.arange(3, dtype=np.int32),
         positions,
         VISION,
-        placeholders=flags,
-        patches=np.zeros((1, 4, CHANNELS), np.uint8),
-        grid=(1, 2, 2),
+        clips=[layout.Clip(np.zeros((1, 4, CHANNELS), np.uint8), (1, 2, 2))],
+        seen=layout.in_order(flags),
     )
     assert layout.next_position(tree) == 4
 
 
 def test_prompts_one_a_row_without_branches():
     groups = build([[((1, 2, 2), 1, 2, [([True], 0)])], [((0, 0, 0), 0, 3, [])]])
-    tokens, vision = layout.prompts([t for g in groups for t in g], 3, 8, 2, 4)
+    rows = lambda n, tokens: Budget(
+        rows=n, tokens=tokens, scored=0, branches=0, frames=2, patches=4
+    )
+    tokens, vision, _ = layout.prompts([t for g in groups for t in g], rows(3, 8))
     np.testing.assert_array_equal((tokens.end > 0).sum(1), [4, 3, 0])
     np.testing.assert_array_equal(tokens.end[0, :4], 4)
     np.testing.assert_array_equal(tokens.tokens[1, :3], groups[1][0].prompt)
     np.testing.assert_array_equal(tokens.media[0], [0, 1, 0, 0, 0, 0, 0, 0])
     assert tokens.sources.shape == (3, 0) and vision.patches.shape == (3, 2, 4, CHANNELS)
     with pytest.raises(ValueError, match="2 prompts for 1 rows"):
-        layout.prompts([g[0] for g in groups], 1, 8, 2, 4)
+        layout.prompts([g[0] for g in groups], rows(1, 8))
     with pytest.raises(ValueError, match="record 'r0'.*budget.tokens"):
-        layout.prompts([groups[0][0]], 1, 3, 2, 4)
+        layout.prompts([groups[0][0]], rows(1, 3))
 
 
 def test_stack_pads_with_empty_micro_batches():

@@ -10,18 +10,29 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxvid.batch import Placed
 from jaxvid.data import chat, layout, media, pipeline, records, shards
 
 VISION = media.Vision(patch=4, temporal=2, merge=2, window=16)
 SAMPLING = media.Sampling(frames=4, height=16, width=16)
+IMAGE, VIDEO = 5, 6
 BUDGET = layout.Budget(rows=2, tokens=160, scored=48, branches=8, frames=4, patches=16)
 
 
-def positions(tokens, grids, seconds):
+class Prompting:
     """Stands in for a model's: text counts up on all axes, a clip's first axis is its seconds."""
-    assert len(grids) == len(seconds)
-    out = np.tile(np.arange(len(tokens)), (3, 1))
-    return out + np.int64(1000 * sum(seconds))
+
+    vision, sound, markers = VISION, None, chat.MARKERS
+
+    def expand(self, medium, encode):
+        n = int(np.prod(medium.grid)) // 4
+        ids = np.array([3, *[IMAGE if medium.kind == "image" else VIDEO] * n, 4], np.int32)
+        seen = np.array([0, *range(1, n + 1), 0], np.int32)
+        return Placed(ids, seen, np.zeros_like(seen))
+
+    def positions(self, tokens, media):
+        out = np.tile(np.arange(len(tokens)), (3, 1))
+        return out + np.int64(1000 * sum(m.seconds for m in media))
 
 
 def make_record(i, folder, tasks):
@@ -79,7 +90,7 @@ def setup(world, folders="a", frames=None, **change):
             **change,
         }
     )
-    return data, pipeline.Builder(world[2], VISION, positions, data, frames)
+    return data, pipeline.Builder(world[2], Prompting(), data, frames)
 
 
 def take(world, n, seed=0, processes=1, process=0, **change):
@@ -245,7 +256,7 @@ def test_blank_clips_and_controls(world):
     data, builder = setup(world, blank=1.0)
     record = shards.Source(world[0], "train")[0]
     for tree in builder(record, np.random.default_rng(0)):
-        assert (tree.patches == pipeline.GREY).all()
+        assert (tree.clips[0].patches == pipeline.GREY).all()
     (blanked,) = take(world, 1, blank=1.0)
     assert set(np.unique(blanked.vision.patches)) == {pipeline.GREY}
     seen = []
@@ -258,8 +269,9 @@ def test_blank_clips_and_controls(world):
     _, turned = setup(world, frames=reverse)
     rng = np.random.default_rng(0)
     for a, b in zip(plain(record, rng), turned(record, rng)):
-        wanted = a.patches.reshape(2, 16, 3, 2, 16)[::-1, :, :, ::-1]
-        np.testing.assert_array_equal(b.patches.reshape(2, 16, 3, 2, 16), wanted)
+        wanted = a.clips[0].patches.reshape(2, 16, 3, 2, 16)[::-1, :, :, ::-1]
+        got = b.clips[0].patches.reshape(2, 16, 3, 2, 16)
+        np.testing.assert_array_equal(got, wanted)
     assert seen == [record.id] * 2
 
 
@@ -281,10 +293,13 @@ def test_policy_prompts_are_pairs_of_one_question(world):
         assert examples[0].prompt == examples[1].prompt
         for tree, e in zip(trees, examples):
             assert tree.name == record.id and not tree.branches
-            np.testing.assert_array_equal(tree.prompt, world[2].prompt(e.prompt, 8))
+            suffix = world[2].suffix(e.prompt, ["video"])
+            np.testing.assert_array_equal(tree.prompt[-len(suffix) :], suffix)
+            assert (tree.prompt == VIDEO).sum() == 8 == tree.seen.max()
         asked.add((record.id, examples[0].name))
     assert len(asked) > 12
-    tokens, vision = layout.prompts(trees, 4, 64, 2, 16)
+    room = dict(rows=4, tokens=64, scored=0, branches=0, frames=2, patches=16)
+    tokens, *_ = layout.prompts(trees, layout.Budget(**room))
     assert (tokens.end[:2] > 0).any() and not tokens.end[2:].any()
 
 
@@ -311,8 +326,8 @@ def test_text_alone_and_images_make_trees(world):
         licence="CC0-1.0",
     )
     text, image = builder(record, np.random.default_rng(0))
-    assert not (text.media > 0).any() and text.patches.shape == (0, 0, 96)
-    assert (image.prompt == world[2].image_id).sum() == 4 and image.grid == (1, 4, 4)
+    assert not text.seen.any() and not text.clips
+    assert (image.prompt == IMAGE).sum() == 4 and image.clips[0].patches.shape == (1, 16, 96)
     (batch,) = layout.pack([[text, image]], BUDGET)
     assert batch.vision.window.any(axis=-1).sum() == 1
 

@@ -14,6 +14,7 @@ from jaxvid import score
 from jaxvid.batch import TokenBatch
 from jaxvid.data import layout, media
 from jaxvid.models import decoder, qwen25vl, vision
+from jaxvid.models.layers import Compute
 from jaxvid.rollout import sampler
 from jaxvid.rollout.sampler import Sampling
 
@@ -28,7 +29,7 @@ CONFIG = qwen25vl.Config(
         layers=2, width=16, ffn=24, heads=2, out=32, full=(1,), patch=4, temporal=2, window=16
     ),
     video_token_id=PAD_ID,
-    remat=False,
+    compute=Compute(remat="none"),
 )
 
 
@@ -52,9 +53,8 @@ def prompt_tree(seed: int, text: int = 5, video: bool = True) -> layout.Tree:
         tokens,
         qwen25vl.positions(tokens, [grid], [1.0], CONFIG),
         VISION,
-        placeholders=tokens == PAD_ID,
-        patches=rng.integers(0, 256, (2, 16, 3 * 2 * 16), np.uint8),
-        grid=grid,
+        clips=[layout.Clip(rng.integers(0, 256, (2, 16, 3 * 2 * 16), np.uint8), grid)],
+        seen=layout.in_order(tokens == PAD_ID),
     )
 
 
@@ -63,11 +63,10 @@ def keys(rows: int, seed: int = 0):
 
 
 def rollouts(trees, sampling, *, row_keys=None, window=0):
-    tokens, seen = layout.prompts(trees, 4, 24, 2, 16)
+    room = dict(rows=4, tokens=24, scored=0, branches=0, frames=2, patches=16)
     out = sampler.generate(
         real_model(window),
-        tokens,
-        seen,
+        *layout.prompts(trees, layout.Budget(**room)),
         group=GROUP,
         sampling=sampling,
         stop_ids=STOPS,
@@ -171,7 +170,7 @@ class Chain(nnx.Module):
     def unembedding(self):
         return jnp.eye(self.table.shape[1])
 
-    def prefill(self, tokens: TokenBatch, vision):
+    def prefill(self, tokens: TokenBatch, vision, audio):
         last = jnp.maximum((tokens.end > 0).sum(1) - 1, 0)
         token = jnp.take_along_axis(tokens.tokens, last[:, None], 1)[:, 0]
         cache = jnp.zeros((1, *tokens.tokens.shape, 1, 1))
@@ -186,12 +185,11 @@ CHANCES = [[0.5, 0.3, 0.15, 0.05], [0.0, 0.0, 1.0, 0.0], [0.25] * 4, [0.25] * 4]
 
 def chain(group, sampling, *, banned=()):
     t = layout.tree("chain", np.array([2, 0]), np.tile(np.arange(2), (3, 1)), VISION)
-    tokens, seen = layout.prompts([t], 1, 2, 0, 0)
+    room = dict(rows=1, tokens=2, scored=0, branches=0, frames=0, patches=0)
     model = Chain(np.asarray(CHANCES) + 1e-9)
     return sampler.generate(
         model,
-        tokens,
-        seen,
+        *layout.prompts([t], layout.Budget(**room)),
         group=group,
         sampling=sampling,
         stop_ids=(3,),

@@ -83,9 +83,8 @@ def grow(record, shape, *, grid=NONE, text=(2, 3), policy="max", side=0):
         prompt,
         positions,
         VISION,
-        placeholders=prompt == VIDEO,
-        patches=None if grid == NONE else frames,
-        grid=grid,
+        clips=[] if grid == NONE else [layout.Clip(frames, grid)],
+        seen=layout.in_order(prompt == VIDEO),
         branches=tuple(branches),
     )
 
@@ -270,6 +269,7 @@ def moved(batch, tokens, scored, columns, frames):
     return Batch(
         TokenBatch(*x),
         jax.tree.map(lambda a: np.roll(a, frames, axis=1), seen),
+        batch.audio,
         jax.tree.map(roll(columns), table),
         *of_scored,
     )

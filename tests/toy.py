@@ -10,6 +10,7 @@ from flax import nnx
 from jaxvid import sharding
 from jaxvid.data import layout, media
 from jaxvid.models import decoder, qwen25vl, vision
+from jaxvid.models.layers import Compute
 from jaxvid.objectives.sft import SFT
 from jaxvid.train import loop, optimizers, step
 from jaxvid.train import state as states
@@ -30,7 +31,7 @@ class Toy(nnx.Module):
         self.down = nnx.Param(draw(2, 16, width), axes=("ffn", "embed"))
         self.scale = nnx.Param(jnp.ones((width,)), axes=("embed",))
 
-    def hidden(self, tokens, vision):
+    def hidden(self, tokens, vision, audio=None):
         light = vision.patches.astype(jnp.float32).mean((1, 2, 3)) / 255
         x = self.table[...][tokens.tokens] + light[:, None, None]
         for up, down in zip(self.up[...], self.down[...]):
@@ -58,7 +59,7 @@ def small():
         tied=True,
         image_token_id=1,
         video_token_id=2,
-        remat=False,
+        compute=Compute(remat="none"),
     )
 
 
@@ -81,9 +82,8 @@ def tree(seed, mates=False):
         tokens,
         qwen25vl.positions(tokens, [(2, 2, 2)], [1.0], small()),
         VISION,
-        placeholders=tokens == 2,
-        patches=rng.integers(0, 256, (2, 4, 96), np.uint8),
-        grid=(2, 2, 2),
+        clips=[layout.Clip(rng.integers(0, 256, (2, 4, 96), np.uint8), (2, 2, 2))],
+        seen=layout.in_order(tokens == 2),
         branches=branches,
     )
 

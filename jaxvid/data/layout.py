@@ -1,7 +1,7 @@
 """Trees and how they are laid out in rows of one static shape. Numpy only; runs in Grain workers.
 
-A tree is a prompt (text and at most one clip) and its branches; a row holds trees one after the
-other, depth first. batch.py draws the row and states the mask; this file is the only one that
+A tree is a prompt (text and clips) and its branches; a row holds trees one after the other, depth
+first. batch.py draws the row and states the mask; this file is the only one that
 writes `end`, `sources` and `slot`.
 
     index  | 0 .. p-1 | p .. b1-1 | b1 .. b2-1 |      prompt of p tokens, two branches
@@ -10,10 +10,8 @@ writes `end`, `sources` and `slot`.
 
 A branch may continue another branch instead of the prompt (`parent`): step prefixes with their
 alternatives, or a question with its answers below a clip that several questions share.
-Left out: several clips in one prompt.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,8 +19,8 @@ import jax.tree_util
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from jaxvid.batch import Batch, Branches, TokenBatch, VisionBatch
-from jaxvid.data import media
+from jaxvid.batch import AudioBatch, Batch, Branches, Sound, TokenBatch, Vision, VisionBatch
+from jaxvid.data.packing import Budget, Size, assign
 
 Ids = Int[np.ndarray, "n"]
 
@@ -47,57 +45,50 @@ class Branch(NamedTuple):
     parent: int = 0  # 1 + index, within the tree, of the branch it continues; 0 the prompt
 
 
+class Clip(NamedTuple):
+    """One medium of a prompt as the model takes it: patches, log-mel chunks, or both."""
+
+    patches: UInt8[np.ndarray, "e q C"] | None = None
+    grid: tuple[int, int, int] = (0, 0, 0)  # (time, height, width) in patches
+    sound: Float[np.ndarray, "a F Z"] | None = None
+    lengths: Int[np.ndarray, "a"] | None = None  # log-mel frames of each chunk that are sound
+
+
+class Frames(NamedTuple):
+    """The frames of one clip with the place of each patch, which is the same in all of them."""
+
+    patches: UInt8[np.ndarray, "e q C"]
+    coords: Int[np.ndarray, "q 2"]
+    window: Int[np.ndarray, "q"]
+    slots: int  # features a frame
+
+
 class Tree(NamedTuple):
     """A prompt and its branches, not yet placed in a row. Made by `tree`."""
 
     name: str  # the record's id, for errors
     prompt: Int[np.ndarray, "p"]
     positions: Int[np.ndarray, "3 p"]
-    media: Int[np.ndarray, "p"]  # 1 + index of the clip's merged feature put here; 0 is text
-    patches: UInt8[np.ndarray, "e q C"]
-    coords: Int[np.ndarray, "q 2"]
-    window: Int[np.ndarray, "q"]
-    grid: tuple[int, int, int]  # (time, height, width) in patches; zeros without a clip
+    seen: Int[np.ndarray, "p"]  # 1 + index among the clips' vision features; -1 separator; 0 none
+    heard: Int[np.ndarray, "p"]  # 1 + index among the clips' sound slots; 0 none
+    clips: tuple[Frames, ...]
+    sound: Float[np.ndarray, "a F Z"]
+    lengths: Int[np.ndarray, "a"]
+    vision: Vision
+    slots: int  # features of a sound chunk
     branches: tuple[Branch, ...] = ()
 
 
-class Size(NamedTuple):
-    """What a tree takes of a row, and where in a row the next tree starts."""
-
-    tokens: int = 0
-    scored: int = 0
-    branches: int = 0
-    frames: int = 0
-
-    def plus(self, other: "Size") -> "Size":
-        return Size(*(a + b for a, b in zip(self, other)))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Budget:
-    """The static shape of a micro-batch. Every limit holds for one row."""
-
-    rows: int
-    tokens: int
-    scored: int
-    branches: int
-    frames: int  # temporal patches (temporal x one frame each)
-    patches: int  # patches of one frame
-
-    @property
-    def row(self) -> Size:
-        return Size(self.tokens, self.scored, self.branches, self.frames)
-
-
 def window_layout(
-    grid: tuple[int, int, int], vision: media.Vision
+    grid: tuple[int, int, int], vision: Vision
 ) -> tuple[Int[np.ndarray, "Q 2"], Int[np.ndarray, "Q"]]:
     """(row, column) of each patch of a frame in merge order, and its attention window from 1.
 
     The windows of Qwen2.5-VL: `window` pixels a side, cut from the top left, partial at the edges.
     """
     _, height, width = grid
-    merge, side = vision.merge, vision.window // vision.merge // vision.patch
+    merge = vision.merge
+    side = vision.window // merge // vision.patch or max(height, width)  # 0: one window for all
     if height % merge or width % merge:
         raise ValueError(
             f"a frame of {height} x {width} patches does not divide into {merge} x {merge} groups. "
@@ -116,41 +107,75 @@ def tree(
     name: str,
     prompt: Ids,
     positions: Int[np.ndarray, "3 n"],
-    vision: media.Vision,
+    vision: Vision,
+    sound: Sound | None = None,
     *,
-    placeholders: Bool[np.ndarray, "n"] | None = None,
-    patches: UInt8[np.ndarray, "e q C"] | None = None,
-    grid: tuple[int, int, int] = (0, 0, 0),
+    clips: Sequence[Clip] = (),
+    seen: Ids | None = None,
+    heard: Ids | None = None,
     branches: tuple[Branch, ...] = (),
 ) -> Tree:
-    """A tree, checked: the placeholders are as many as the clip has merged features."""
-    if patches is None:
-        patches = np.zeros((0, 0, 3 * vision.temporal * vision.patch**2), np.uint8)
-        grid, layout = (0, 0, 0), (np.zeros((0, 2), np.int32), np.zeros(0, np.int32))
-    else:
-        layout = window_layout(grid, vision)
-    if placeholders is None:
-        placeholders = np.zeros(len(prompt), bool)
-    found, wanted = int(placeholders.sum()), grid[0] * grid[1] * grid[2] // vision.merge**2
-    if found != wanted:
-        raise ValueError(
-            f"record {name!r}: the prompt has {found} media placeholders but its clip of "
-            f"{grid[0]} x {grid[1]} x {grid[2]} patches gives {wanted} features. Build the prompt "
-            f"with {wanted} placeholders."
-        )
-    index = (np.cumsum(placeholders) * placeholders).astype(np.int32)
+    """A tree, checked: what stands in the prompt for its clips is what they give.
+
+    `seen` and `heard` are those of `Tree`, numbered over all clips; None is a prompt of text alone.
+    """
+    none = np.zeros(len(prompt), np.int32)
+    seen, heard = none if seen is None else seen, none if heard is None else heard
+    frames = tuple(
+        Frames(c.patches, *window_layout(c.grid, vision), vision.slots(c.patches.shape[1]))
+        for c in clips
+        if c.patches is not None
+    )
+    given = sum(len(f.patches) * f.slots for f in frames)
+    # A tower of fixed size sees padding that an image's own shape leaves out again.
+    _check_used(name, "vision features", seen, given, some=vision.size > 0)
+    tracks = [c for c in clips if c.sound is not None]
+    slots = sound.slots if sound else 0
+    shape = (0, sound.chunk, sound.mels) if sound else (0, 0, 0)
+    track = np.concatenate([np.zeros(shape, np.float32), *(c.sound for c in tracks)])
+    lengths = np.concatenate([none[:0], *(c.lengths for c in tracks)]).astype(np.int32)
+    _check_used(name, "sound slots", heard, len(track) * slots, some=True)
     out = Tree(
         name,
         np.asarray(prompt, np.int32),
         np.asarray(positions, np.int32),
-        index,
-        patches,
-        *layout,
-        tuple(grid),
+        np.asarray(seen, np.int32),
+        np.asarray(heard, np.int32),
+        frames,
+        track,
+        lengths,
+        vision,
+        slots,
         tuple(branches),
     )
     _check_branches(out)
     return out
+
+
+def in_order(placeholders: Bool[np.ndarray, "n"]) -> Ids:
+    """`seen` or `heard` of a prompt whose placeholders take the features one after the other."""
+    return (np.cumsum(placeholders) * placeholders).astype(np.int32)
+
+
+def _check_used(name: str, what: str, index: Ids, given: int, *, some: bool) -> None:
+    """Raise ValueError unless each feature is in the prompt once (`some`: at most once)."""
+    used = np.sort(index[index > 0])
+    found = len(used)
+    if found > given or (found < given and not (some and found)):
+        raise ValueError(
+            f"record {name!r}: the prompt has {found} media placeholders but its clips give "
+            f"{given} {what}. Build the prompt with {given} placeholders."
+        )
+    if found and (used[-1] > given or (np.diff(used) == 0).any()):
+        raise ValueError(
+            f"record {name!r}: the prompt names {what} up to {used[-1]}, some of them perhaps "
+            f"twice; its clips give {given}. Give each placeholder a feature of its own."
+        )
+
+
+def most_patches(tree: Tree) -> int:
+    """Patches of the largest frame of the tree's clips."""
+    return max((f.patches.shape[1] for f in tree.clips), default=0)
 
 
 def _check_branches(tree: Tree) -> None:
@@ -178,7 +203,8 @@ def size(tree: Tree) -> Size:
         len(tree.prompt) + sum(len(b.tokens) for b in tree.branches),
         sum(int(b.scored.sum()) for b in tree.branches),
         len(tree.branches),
-        len(tree.patches),
+        sum(len(f.patches) for f in tree.clips),
+        len(tree.sound),
     )
 
 
@@ -231,15 +257,6 @@ def spans(tree: Tree) -> list[Span]:
 # Packing ----------------------------------------------------------------------------------------
 
 
-def _fits(need: Size, used: Size, limit: Size) -> bool:
-    return all(a + b <= c for a, b, c in zip(need, used, limit))
-
-
-def _load(need: Size, limit: Size) -> float:
-    """The largest share of a row that `need` takes in any respect."""
-    return max(a / c if c else 0.0 for a, c in zip(need, limit))
-
-
 def check_fits(tree: Tree, budget: Budget, *, need: Size | None = None) -> None:
     """Raise ValueError, naming the setting to change, if the tree cannot fit in an empty row."""
     for field, wanted, limit in zip(Size._fields, need or size(tree), budget.row):
@@ -249,74 +266,12 @@ def check_fits(tree: Tree, budget: Budget, *, need: Size | None = None) -> None:
                 f"budget.{field} to at least {wanted}, or give the record less: fewer frames, "
                 f"smaller frames, fewer questions, shorter answers."
             )
-    q = tree.patches.shape[1]
+    q = most_patches(tree)
     if q > budget.patches:
         raise ValueError(
             f"record {tree.name!r}: its frames have {q} patches; the batch holds {budget.patches} "
             f"a frame. Set budget.patches to at least {q}, or sample smaller frames."
         )
-
-
-def _place(needs: list[Size], rows: list[Size], limit: Size) -> list[int] | None:
-    """The row of each tree of a group among `rows` (what each has used), or None.
-
-    One row for all where an empty row could hold them all; else first fit, largest tree first.
-    """
-    total = Size()
-    for need in needs:
-        total = total.plus(need)
-    if _fits(total, Size(), limit):
-        row = next((r for r, used in enumerate(rows) if _fits(total, used, limit)), None)
-        return None if row is None else [row] * len(needs)
-    used, out = list(rows), [0] * len(needs)
-    for i in sorted(range(len(needs)), key=lambda i: -_load(needs[i], limit)):
-        row = next((r for r, u in enumerate(used) if _fits(needs[i], u, limit)), None)
-        if row is None:
-            return None
-        used[row], out[i] = used[row].plus(needs[i]), row
-    return out
-
-
-def assign(
-    groups: Sequence[Sequence[Size]], budget: Budget, *, shards: int = 1
-) -> list[list[tuple[int, list[int]]]]:
-    """Micro-batches as lists of (group, row of each of its trees). First fit, largest group first.
-
-    A micro-batch's rows are cut into `shards` equal blocks, and a group never leaves its block:
-    a pair's two trees stay on one data shard. Raises ValueError naming the group that cannot fit.
-    """
-    if budget.rows % shards:
-        raise ValueError(
-            f"{budget.rows} rows do not divide over {shards} data shards. Set budget.rows to a "
-            f"multiple of {shards}."
-        )
-    limit, block = budget.row, budget.rows // shards
-    micro: list[list[Size]] = []
-    out: list[list[tuple[int, list[int]]]] = []
-
-    def put(g: int) -> bool:
-        for m, rows in enumerate(micro):
-            for first in range(0, budget.rows, block):
-                found = _place(list(groups[g]), rows[first : first + block], limit)
-                if found is not None:
-                    for need, r in zip(groups[g], found):
-                        rows[first + r] = rows[first + r].plus(need)
-                    out[m].append((g, [first + r for r in found]))
-                    return True
-        return False
-
-    load = [sum(_load(need, limit) for need in group) for group in groups]
-    for g in sorted(range(len(groups)), key=lambda g: -load[g]):
-        if not put(g):
-            micro.append([Size()] * budget.rows)
-            out.append([])
-            if not put(g):
-                raise ValueError(
-                    f"group {g} has {len(groups[g])} trees that must stay together, but they do "
-                    f"not fit in {block} rows of {limit}. Set budget.rows to at least "
-                    f"{len(groups[g]) * shards}, or make the rows larger."
-                )
-    return out
 
 
 def pack(groups: Sequence[Sequence[Tree]], budget: Budget, *, shards: int = 1) -> list[Batch]:
@@ -330,10 +285,10 @@ def pack(groups: Sequence[Sequence[Tree]], budget: Budget, *, shards: int = 1) -
             _check_branches(t)
             check_fits(t, budget)
     plan = assign([[size(t) for t in group] for group in groups], budget, shards=shards)
-    channels = next((t.patches.shape[2] for group in groups for t in group), 0)
+    first = next((t for group in groups for t in group), None)
     out = []
     for placed in plan:
-        batch = empty(budget, channels)
+        batch = empty(budget, first)
         used = [Size()] * budget.rows
         for g, rows in sorted(placed):
             for t, row in zip(groups[g], rows):
@@ -343,10 +298,12 @@ def pack(groups: Sequence[Sequence[Tree]], budget: Budget, *, shards: int = 1) -
     return out
 
 
-def empty(budget: Budget, channels: int) -> Batch:
-    """A micro-batch of padding."""
+def empty(budget: Budget, like: Tree | None) -> Batch:
+    """A micro-batch of padding, for trees of the family of `like`."""
     B, T, S, M = budget.rows, budget.tokens, budget.scored, budget.branches
-    E, Q = budget.frames, budget.patches
+    E, Q, A = budget.frames, budget.patches, budget.chunks
+    v = like.vision if like else Vision()
+    C = 3 * v.temporal * v.patch**2
 
     def ints(*shape):
         return np.zeros((B, *shape), np.int32)
@@ -356,7 +313,8 @@ def empty(budget: Budget, channels: int) -> Batch:
 
     return Batch(
         TokenBatch(ints(T), ints(3, T), ints(T), ints(T), ints(T), ints(S), ints(S), ints(S)),
-        VisionBatch(np.zeros((B, E, Q, channels), np.uint8), ints(E, Q, 2), ints(E, Q)),
+        VisionBatch(np.zeros((B, E, Q, C), np.uint8), ints(E, Q, 2), ints(E, Q)),
+        AudioBatch(floats(A, *(like.sound.shape[1:] if like else (0, 0))), ints(A)),
         Branches(
             *(ints(M) - 1, ints(M) - 1, ints(M), ints(M), ints(M), ints(M)),
             *(floats(M), floats(M), floats(M)),
@@ -373,13 +331,17 @@ def _write(batch: Batch, row: int, at: Size, tree: Tree) -> None:
     here = slice(at.tokens, at.tokens + p)
     x.tokens[row, here], x.positions[row, :, here] = tree.prompt, tree.positions
     x.end[row, here], x.depth[row, here] = at.tokens + total, np.arange(p)
-    if len(tree.patches):
-        x.media[row, here] = _media_index(tree, at.frames, batch.vision.window.shape[2])
-        e, q, _ = tree.patches.shape
-        frames = slice(at.frames, at.frames + e)
-        batch.vision.patches[row, frames, :q] = tree.patches
-        batch.vision.coords[row, frames, :q] = tree.coords
-        batch.vision.window[row, frames, :q] = tree.window
+    x.media[row, here] = _media_index(tree, at, batch.vision.window.shape[1:])
+    first = at.frames
+    for clip in tree.clips:
+        e, q, _ = clip.patches.shape
+        frames = slice(first, first := first + e)
+        batch.vision.patches[row, frames, :q] = clip.patches
+        batch.vision.coords[row, frames, :q] = clip.coords
+        batch.vision.window[row, frames, :q] = clip.window
+    chunks = slice(at.chunks, at.chunks + len(tree.sound))
+    batch.audio.features[row, chunks] = tree.sound
+    batch.audio.length[row, chunks] = tree.lengths
     scored = at.scored
     for i, (b, span) in enumerate(zip(tree.branches, spans(tree))):
         n, start = len(b.tokens), at.tokens + span.start
@@ -407,33 +369,39 @@ def _write_column(table: Branches, row: int, column: int, b: Branch, first: int)
     table.weight[at], table.advantage[at], table.value[at] = b.weight, b.advantage, b.value
 
 
-def _media_index(tree: Tree, first_frame: int, q_row: int) -> Int[np.ndarray, "p"]:
-    """The tree's `media` as indices of the row, whose frames are q_row patches and start later."""
-    e, q, _ = tree.patches.shape
-    per_frame = int((tree.media > 0).sum()) // e
-    merged = q // per_frame  # patches of one merged feature
-    if q_row % merged:
+def _media_index(tree: Tree, at: Size, frames: tuple[int, int]) -> Int[np.ndarray, "p"]:
+    """The tree's `seen` and `heard` as indices of the row, which has `frames` (E, Q) and where
+    the tree's frames and chunks start at `at`."""
+    E, Q = frames
+    if Q % tree.vision.merge**2:
         raise ValueError(
-            f"budget.patches is {q_row}; {merged} patches merge into one token. Set it to a "
-            f"multiple of {merged}."
+            f"budget.patches is {Q}; {tree.vision.merge**2} patches merge into one token. Set it "
+            f"to a multiple of {tree.vision.merge**2}."
         )
-    frame, place = np.divmod(tree.media - 1, per_frame)
-    return np.where(tree.media > 0, 1 + (first_frame + frame) * (q_row // merged) + place, 0)
+    slots = tree.vision.slots(Q)  # of a frame of the row, padding included
+    where = [
+        (at.frames + i) * slots + np.arange(clip.slots)
+        for i, clip in enumerate(clip for clip in tree.clips for _ in clip.patches)
+    ]
+    where = 1 + np.concatenate([np.zeros(0, int), *where])
+    index = np.where(tree.seen < 0, tree.seen, 0)
+    index[tree.seen > 0] = where[tree.seen[tree.seen > 0] - 1]
+    first = E * slots + at.chunks * tree.slots
+    return np.where(tree.heard > 0, first + tree.heard, index)
 
 
-def prompts(
-    trees: Sequence[Tree], rows: int, tokens: int, frames: int, patches: int
-) -> tuple[TokenBatch, VisionBatch]:
-    """One prompt a row, in the order given, branches left out: what the sampler reads (S = 0)."""
-    if len(trees) > rows:
-        raise ValueError(f"{len(trees)} prompts for {rows} rows; give at most {rows} at a time")
-    budget = Budget(rows=rows, tokens=tokens, scored=0, branches=0, frames=frames, patches=patches)
-    batch = empty(budget, trees[0].patches.shape[2] if trees else 0)
+def prompts(trees: Sequence[Tree], budget: Budget) -> tuple[TokenBatch, VisionBatch, AudioBatch]:
+    """One prompt a row, in the order given, branches left out: what the sampler reads."""
+    if len(trees) > budget.rows:
+        raise ValueError(
+            f"{len(trees)} prompts for {budget.rows} rows; give at most {budget.rows} at a time"
+        )
+    batch = empty(budget, trees[0] if trees else None)
     for row, t in enumerate(trees):
         bare = t._replace(branches=())
         check_fits(bare, budget)
         _write(batch, row, Size(), bare)
-    return batch.tokens, batch.vision
+    return batch.tokens, batch.vision, batch.audio
 
 
 def stack(batches: Sequence[Batch], multiple: int = 0) -> Batch:

@@ -24,6 +24,8 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
+from jaxvid.batch import Vision
+
 
 class MediaError(ValueError):
     """Bytes that cannot be decoded, or pixels and samples that cannot be encoded."""
@@ -55,16 +57,6 @@ class Sampling:
                 f"Sampling.max_pixels={self.max_pixels} with sides of 0; want at least "
                 f"{self.multiple**2}, one token of {self.multiple} x {self.multiple}."
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class Vision:
-    """The vision tower's geometry, in pixels and frames."""
-
-    patch: int = 14
-    temporal: int = 2
-    merge: int = 2
-    window: int = 112
 
 
 class Clip(NamedTuple):

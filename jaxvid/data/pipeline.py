@@ -14,20 +14,15 @@ from typing import NamedTuple
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 
-from jaxvid.batch import Batch
+from jaxvid.batch import Batch, Medium, Prompting
 from jaxvid.data import layout, media, records, shards
 from jaxvid.data.chat import Chat
 from jaxvid.data.layout import Branch, Tree
 
 SUPERVISED = ("sft", "choice", "caption")  # tasks whose `answer` responses are imitated
 GREY = 128  # a blank clip's pixels
-
-# (token ids, grids in patches, seconds from one temporal patch to the next) -> [3, n]
-Positions = Callable[
-    [Int[np.ndarray, "n"], list[tuple[int, int, int]], list[float]], Int[np.ndarray, "3 n"]
-]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,8 +73,7 @@ class Builder:
     """Makes the trees of a record. Pickled into workers with what it needs of the model."""
 
     chat: Chat
-    vision: media.Vision
-    positions: Positions
+    prompting: Prompting
     data: Data
     # What is done to a clip's frames before they are cut into patches (evaluation controls).
     frames: Callable[[UInt8[np.ndarray, "F h w 3"], str], UInt8[np.ndarray, "F h w 3"]] | None = (
@@ -130,10 +124,7 @@ class Builder:
         clips = [self._clip(record, examples[0].media, False) for examples in sides]
         out = []
         for asked in zip(*sides):
-            trees = [
-                self._tree(record, clip, self.chat.suffix(e.prompt), ())
-                for clip, e in zip(clips, asked)
-            ]
+            trees = [self.tree(record.id, clip, e.prompt, ()) for clip, e in zip(clips, asked)]
             out.append(Prompts(record, trees, list(asked)))
         return out
 
@@ -146,47 +137,64 @@ class Builder:
     def _clip(self, record: records.Record, side: int, blank: bool) -> "Clip":
         """Decode a clip of the record and cut it into patches. -1 is no clip."""
         if side < 0:
-            return Clip(None, (0, 0, 0), 0.0, False, side)
+            return Clip(None, None, side)
         item = record.media[side]
-        if item.kind == "audio":
+        if item.kind not in self.prompting.markers:
             raise ValueError(
-                f"record {record.id!r}: media {side} is audio, which this model cannot see; use "
-                f"records with video or images"
+                f"record {record.id!r}: media {side} is {item.kind}, which this model does not "
+                f"take; use records with {' or '.join(self.prompting.markers)}"
             )
+        cache = media.FrameCache(self.data.cache or None)
         try:
-            frames, seconds = media.FrameCache(self.data.cache or None).decode(
-                item.data, self.data.sampling
-            )
+            decoded = cache.decode(item.data, self.data.sampling)
         except media.MediaError as error:
             raise media.MediaError(f"record {record.id!r}, media {side}: {error}") from error
+        clip = self.clip(decoded, record.id, side=side, blank=blank)
+        if clip.medium.kind != item.kind:
+            raise ValueError(
+                f"record {record.id!r}: media {side} is named {item.kind} and its bytes are "
+                f"{clip.medium.kind}; name it what it is"
+            )
+        return clip
+
+    def clip(self, decoded: media.Clip, name: str, *, side: int = 0, blank: bool = False) -> "Clip":
+        """A decoded clip or image, cut into patches; `name` seeds what is done to its frames."""
+        frames, vision = decoded.frames, self.prompting.vision
         if self.frames is not None:
-            frames = self.frames(np.asarray(frames), record.id)
+            frames = self.frames(np.asarray(frames), name)
         if blank:
             frames = np.full_like(frames, GREY)
-        patches, grid = media.patchify(frames, self.vision)
-        return Clip(patches, grid, seconds * self.vision.temporal, item.kind == "image", side)
+        patches, grid = media.patchify(frames, vision)
+        kind = "video" if decoded.seconds_per_frame else "image"
+        medium = Medium(kind, grid, decoded.seconds_per_frame * vision.temporal)
+        return Clip(medium, layout.Clip(patches, grid), side)
 
-    def _tree(
-        self,
-        record: records.Record,
-        clip: "Clip",
-        suffix: Int[np.ndarray, "n"] | None,
-        branches: tuple[Branch, ...],
+    def tree(
+        self, name: str, clip: "Clip", question: str | None, branches: tuple[Branch, ...]
     ) -> Tree:
-        """A tree whose prompt ends with the clip, or with the question where there is a suffix."""
-        features = int(np.prod(clip.grid)) // self.vision.merge**2
-        prefix = self.chat.prefix(features, image=clip.image)
-        prompt = prefix if suffix is None else np.concatenate([prefix, suffix])
-        pad = self.chat.image_id if clip.image else self.chat.video_id
-        grids = [clip.grid] if features else []
+        """A tree whose prompt ends with the clip, or with the question where there is one."""
+        media_ = [clip.medium] if clip.medium else []
+        kinds = clip.kinds
+        placed = [self.prompting.expand(m, self.chat.encode) for m in media_]
+        prompt = self.chat.prefix(kinds, [p.ids for p in placed])
+        seen, heard = np.zeros_like(prompt), np.zeros_like(prompt)
+        if placed:
+            at = self.chat.starts(kinds, [len(p.ids) for p in placed])[0]
+            here = slice(at, at + len(placed[0].ids))
+            seen[here], heard[here] = placed[0].vision, placed[0].sound
+        if question is not None:
+            suffix = self.chat.suffix(question, kinds)
+            prompt = np.concatenate([prompt, suffix])
+            seen, heard = (np.pad(x, (0, len(suffix))) for x in (seen, heard))
         return layout.tree(
-            record.id,
+            name,
             prompt,
-            self.positions(prompt, grids, [clip.seconds] * len(grids)),
-            self.vision,
-            placeholders=prompt == pad,
-            patches=clip.patches,
-            grid=clip.grid,
+            self.prompting.positions(prompt, media_),
+            self.prompting.vision,
+            self.prompting.sound,
+            clips=[clip.encoded] if clip.encoded else [],
+            seen=seen,
+            heard=heard,
             branches=branches,
         )
 
@@ -198,7 +206,7 @@ class Builder:
         branches: list[Branch] = []
         side = max(clip.side, 0)
         for e in asked:
-            question = self.chat.suffix(e.prompt)
+            question = self.chat.suffix(e.prompt, clip.kinds)
             none = np.zeros(len(question), bool)
             answers = [self.chat.response(r.text) for r in e.responses if r.role == "answer"]
             parent = 0
@@ -217,7 +225,7 @@ class Builder:
                         parent=parent,
                     )
                 )
-        return self._tree(record, clip, None, tuple(branches))
+        return self.tree(record.id, clip, None, tuple(branches))
 
     def _preference(self, record: records.Record, compared: list, clip: "Clip") -> Tree:
         """Branches: the chosen and the rejected replies, which name the chosen one as mate.
@@ -230,7 +238,7 @@ class Builder:
         for e in compared:
             parent = 0
             if several:
-                question = self.chat.suffix(e.prompt)
+                question = self.chat.suffix(e.prompt, clip.kinds)
                 none = np.zeros(len(question), bool)
                 branches.append(Branch(question, none, side=side, weight=0.0))
                 parent = len(branches)
@@ -252,18 +260,20 @@ class Builder:
                         parent=parent,
                     )
                 )
-        suffix = None if several else self.chat.suffix(compared[0].prompt)
-        return self._tree(record, clip, suffix, tuple(branches))
+        question = None if several else compared[0].prompt
+        return self.tree(record.id, clip, question, tuple(branches))
 
 
 class Clip(NamedTuple):
-    """A decoded clip, ready for a tree."""
+    """A decoded clip, ready for a tree; without medium, none."""
 
-    patches: UInt8[np.ndarray, "e q C"] | None
-    grid: tuple[int, int, int]
-    seconds: float  # from one temporal patch to the next
-    image: bool
+    medium: Medium | None
+    encoded: layout.Clip | None
     side: int
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return (self.medium.kind,) if self.medium else ()
 
 
 # Reading ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Decoder of the Qwen2 kind: RMSNorm, grouped-query attention with M-RoPE, gated MLP.
+"""Decoder of the Llama kind: RMSNorm, grouped-query attention with (M-)RoPE, gated MLP.
 
 Parameters live in the module; positions, tree ends and caches come in and go out. One block is
 traced once and scanned over the stacked layers. A prompt's cache is one copy, whatever the number
@@ -7,6 +7,7 @@ of branches that grow from it.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -29,6 +30,10 @@ class Config:
     kv_heads: int
     vocab: int
     rope_sections: tuple[int, int, int]  # frequency pairs that follow time, height, width
+    interleaved: bool = False  # the sections lie t h w t h w ..., not one after the other
+    head_dim: int = 0  # 0 is width / heads
+    qkv_bias: bool = True
+    qk_norm: bool = False  # RMSNorm of each head of queries and keys, before they turn
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
     max_positions: int = 32_768  # what the export states; nothing here depends on it
@@ -39,7 +44,7 @@ class Config:
             raise ValueError(f"window={self.window}: give a number of tokens, or 0 for no window")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
-        if self.width % self.heads:
+        if not self.head_dim and self.width % self.heads:
             raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
         if 2 * sum(self.rope_sections) != self.head:
             raise ValueError(
@@ -49,7 +54,7 @@ class Config:
 
     @property
     def head(self) -> int:
-        return self.width // self.heads
+        return self.head_dim or self.width // self.heads
 
 
 class KV(NamedTuple):
@@ -60,19 +65,32 @@ class KV(NamedTuple):
     v: Float[Array, "L B *rest K H"]
 
 
+def empty_branches(prompt: KV, groups: int, tokens: int) -> KV:
+    """An unwritten cache for `groups` branches of up to `tokens` tokens on each row's prompt."""
+    L, B, _, K, H = prompt.k.shape
+    zeros = jnp.zeros((L, B, groups, tokens, K, H), prompt.k.dtype)
+    return KV(zeros, zeros)
+
+
 class Attention(nnx.Module):
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
-        self.sections, self.theta = cfg.rope_sections, cfg.rope_theta
-        D, N, K, H = cfg.width, cfg.heads, cfg.kv_heads, cfg.head
-        self.q = Linear((D,), (N, H), "embed heads head", bias=True, rngs=rngs)
-        self.k = Linear((D,), (K, H), "embed kv_heads head", bias=True, rngs=rngs)
-        self.v = Linear((D,), (K, H), "embed kv_heads head", bias=True, rngs=rngs)
+        self.sections, self.interleaved = cfg.rope_sections, cfg.interleaved
+        self.theta = cfg.rope_theta
+        D, N, K, H, bias = cfg.width, cfg.heads, cfg.kv_heads, cfg.head, cfg.qkv_bias
+        self.q = Linear((D,), (N, H), "embed heads head", bias=bias, rngs=rngs)
+        self.k = Linear((D,), (K, H), "embed kv_heads head", bias=bias, rngs=rngs)
+        self.v = Linear((D,), (K, H), "embed kv_heads head", bias=bias, rngs=rngs)
+        self.q_norm = RMSNorm(H, eps=cfg.norm_eps, axis="head") if cfg.qk_norm else None
+        self.k_norm = RMSNorm(H, eps=cfg.norm_eps, axis="head") if cfg.qk_norm else None
         out_scale = 1 / math.sqrt(2 * cfg.layers)
         self.out = Linear((N, H), (D,), "heads head embed", scale=out_scale, rngs=rngs)
 
     def qkv(self, x: Float[Array, "B T D"], positions: Int[Array, "B 3 T"]):
-        qk = self.q(x), self.k(x)
-        q, k = rope(qk, positions, sections=self.sections, theta=self.theta)
+        q, k = self.q(x), self.k(x)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        how = {"sections": self.sections, "interleaved": self.interleaved, "theta": self.theta}
+        q, k = rope((q, k), positions, **how)
         return q, k, self.v(x)
 
 
@@ -93,7 +111,7 @@ class Block(nnx.Module):
 
 class Decoder(nnx.Module):
     def __init__(self, cfg: Config, compute: Compute, *, rngs: nnx.Rngs):
-        self.compute, self.window = compute, cfg.window
+        self.compute, self.window, self.layers = compute, cfg.window, cfg.layers
         table = 0.02 * jax.random.normal(rngs.params(), (cfg.vocab, cfg.width), jnp.float32)
         self.table = nnx.Param(table, axes=("vocab", "embed"))
         self.blocks = stack(lambda rngs: Block(cfg, rngs=rngs), cfg.layers, rngs)
@@ -110,17 +128,22 @@ class Decoder(nnx.Module):
         depth: Int[Array, "B T"],  # read where there is a window
         *,
         keep: bool = False,
+        deep: Callable[[Int[Array, ""]], Float[Array, "B T D"]] | None = None,
     ) -> tuple[Float[Array, "B T D"], KV | None]:
-        """Hidden states after the final norm, never logits; with `keep`, every layer's k and v."""
+        """Hidden states after the final norm, never logits; with `keep`, every layer's k and v.
+
+        `deep(i)` is added to what leaves layer i: Qwen3-VL's features of deeper vision blocks."""
         path = depth if self.window else None
         attend = lambda q, k, v: attention(q, k, v, end=end, depth=path, window=self.window)
 
-        def layer(x, block, _):
+        def layer(x, block, i):
             x = constrain(x, "rows", None, None)
             x, kv = block(x, positions, attend, self.compute.ffn_parts)
+            x = x if deep is None else x + deep(i)
             return x, KV(*kv) if keep else None
 
-        x, kv = scan(layer, x, self.blocks, None, self.compute)
+        layers = None if deep is None else jnp.arange(self.layers)
+        x, kv = scan(layer, x, self.blocks, layers, self.compute)
         return self.norm(x), kv
 
     def step(
@@ -155,7 +178,7 @@ class Decoder(nnx.Module):
             return (x, KV(*written)), None
 
         layers = jnp.arange(prompt.k.shape[0])
-        compute = dataclasses.replace(self.compute, remat=False)
+        compute = dataclasses.replace(self.compute, remat="none")
         extras = (layers, prompt.k, prompt.v)
         (x, branch), _ = scan(layer, (x, branch), self.blocks, extras, compute)
         return self.norm(x), branch

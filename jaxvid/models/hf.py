@@ -14,6 +14,7 @@ import pathlib
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,8 +26,9 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxvid import sharding
-from jaxvid.models import decoder, qwen25vl, vision
+from jaxvid import paths, sharding
+from jaxvid.models import qwen25vl
+from jaxvid.models.family import Family, Place
 
 SHARD_BYTES = 5 * 2**30  # the hub's size of one safetensors file
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
@@ -47,148 +49,91 @@ COMPANIONS = (  # what stands beside the weights and is copied by `save`
 )
 
 
-SPECIAL = {  # fields of the config -> Qwen's names of the tokens
-    "bos_token_id": "<|endoftext|>",
-    "pad_token_id": "<|endoftext|>",
-    "eos_token_id": "<|im_end|>",
-    "vision_start_token_id": "<|vision_start|>",
-    "vision_end_token_id": "<|vision_end|>",
-    "image_token_id": "<|image_pad|>",
-    "video_token_id": "<|video_pad|>",
-}
+FAMILIES = (qwen25vl.FAMILY,)
 
 
 class Loaded(NamedTuple):
-    cfg: qwen25vl.Config
+    cfg: Any  # the family's Config
     graph: nnx.GraphDef
-    params: nnx.State  # float32 masters
+    params: nnx.State  # float32 masters; what is frozen may be bfloat16
 
 
-class Place(NamedTuple):
-    """Where a weight stands in the files. `{}` is the layer; `inputs` of its leading dimensions
-    are contracted (0: a vector or a table, stored as it is); `part` of `parts` equal pieces of the
-    stored tensor's first axis."""
-
-    name: str
-    inputs: int = 0
-    part: int = 0
-    parts: int = 1
+def family_of(cfg: Any) -> Family:
+    """The family a config belongs to."""
+    return next(f for f in FAMILIES if isinstance(cfg, f.config))
 
 
-def places(cfg: qwen25vl.Config) -> dict[tuple[str, ...], Place]:
-    """Path in the parameters -> place in the files, for every weight of the family."""
-    out: dict[tuple[str, ...], Place] = {
-        ("tower", "embed", "w"): Place("visual.patch_embed.proj.weight", 1),
-        ("tower", "merger", "norm", "scale"): Place("visual.merger.ln_q.weight"),
-        ("decoder", "table"): Place("model.embed_tokens.weight"),
-        ("decoder", "norm", "scale"): Place("model.norm.weight"),
-    }
-
-    def linear(path: tuple[str, ...], name: str, *, bias: bool, inputs: int = 1, part=0, parts=1):
-        out[(*path, "w")] = Place(f"{name}.weight", inputs, part, parts)
-        if bias:
-            out[(*path, "b")] = Place(f"{name}.bias", 0, part, parts)
-
-    linear(("tower", "merger", "hidden"), "visual.merger.mlp.0", bias=True)
-    linear(("tower", "merger", "out"), "visual.merger.mlp.2", bias=True)
-    stacks = (("tower", "visual.blocks.{}", True), ("decoder", "model.layers.{}", False))
-    for owner, block, bias in stacks:
-        at = (owner, "blocks")
-        norms = ("norm1", "norm2") if bias else ("input_layernorm", "post_attention_layernorm")
-        for ours, hub in zip(("attention_norm", "mlp_norm"), norms):
-            out[(*at, ours, "scale")] = Place(f"{block}.{hub}.weight")
-        for which in ("gate", "up", "down"):
-            linear((*at, "mlp", which), f"{block}.mlp.{which}_proj", bias=bias)
-    at, block = ("tower", "blocks", "attention"), "visual.blocks.{}.attn"
-    for part, which in enumerate("qkv"):
-        linear((*at, which), f"{block}.qkv", bias=True, part=part, parts=3)
-    linear((*at, "out"), f"{block}.proj", bias=True, inputs=2)
-    at, block = ("decoder", "blocks", "attention"), "model.layers.{}.self_attn"
-    for which in "qkv":
-        linear((*at, which), f"{block}.{which}_proj", bias=True)
-    linear((*at, "out"), f"{block}.o_proj", bias=False, inputs=2)
-    if not cfg.tied:
-        out[("head",)] = Place("lm_head.weight")
-    return out
+def named(name: str) -> Family:
+    """The family of that name. Raises ValueError naming those there are."""
+    for f in FAMILIES:
+        if f.name == name:
+            return f
+    raise ValueError(f"family {name!r} is not known; there are {[f.name for f in FAMILIES]}")
 
 
-def hub_name(name: str) -> str:
-    """A tensor's name as the hub spells it, from either spelling."""
-    name = re.sub(r"^model\.visual\.", "visual.", name)
-    return re.sub(r"^model\.language_model\.", "model.", name)
-
-
-def abstract(cfg: qwen25vl.Config) -> tuple[nnx.GraphDef, nnx.State]:
+def abstract(cfg: Any) -> tuple[nnx.GraphDef, nnx.State]:
     """The model without its numbers: graph and shapes."""
-    return nnx.split(nnx.eval_shape(lambda: qwen25vl.Qwen25VL(cfg, rngs=nnx.Rngs(0))))
+    return nnx.split(nnx.eval_shape(lambda: family_of(cfg).model(cfg, rngs=nnx.Rngs(0))))
 
 
 @functools.lru_cache
-def _initialiser(cfg: qwen25vl.Config, mesh: Mesh | None):
+def _initialiser(cfg: Any, mesh: Mesh | None):
     """One compiled program per config and mesh, whatever the seed."""
     out = None if mesh is None else sharding.parameter_shardings(abstract(cfg)[1], mesh)
-    build = lambda key: nnx.split(qwen25vl.Qwen25VL(cfg, rngs=nnx.Rngs(key)))[1]
+    build = lambda key: nnx.split(family_of(cfg).model(cfg, rngs=nnx.Rngs(key)))[1]
     # It runs once: on CPU, compiling it with care would take five times as long as all the rest.
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(build, out_shardings=out, compiler_options=quick)
 
 
-def initialise(cfg: qwen25vl.Config, seed: int, *, mesh: Mesh | None = None) -> Loaded:
+def initialise(cfg: Any, seed: int, *, mesh: Mesh | None = None) -> Loaded:
     """Fresh weights; on a mesh, each device makes only its own part."""
     return Loaded(cfg, abstract(cfg)[0], _initialiser(cfg, mesh)(jax.random.key(seed)))
 
 
-def tiny_config(tokenizer: str | pathlib.Path | None = None) -> qwen25vl.Config:
-    """The same classes at laptop size (about 3M parameters), for frames of 48 x 48 pixels.
+def tiny_config(family: str, tokenizer: str | pathlib.Path | None = None) -> Any:
+    """The config of a family's tiny twin: the same classes at laptop size.
 
     With a tokenizer folder, vocabulary and special token ids are that tokenizer's; without, the
     vocabulary is 640 and the special tokens come first in it.
     """
-    vocab = 640
-    ids = {content: i for i, content in enumerate(sorted(set(SPECIAL.values())))}
+    special, vocab = named(family).special, 640
+    ids = {content: i for i, content in enumerate(sorted(set(special.values())))}
     if tokenizer is not None:
         read = json.loads((pathlib.Path(tokenizer) / "tokenizer.json").read_text())
         ids = {t["content"]: t["id"] for t in read["added_tokens"]}
-        if missing := sorted(set(SPECIAL.values()) - set(ids)):
+        if missing := sorted(set(special.values()) - set(ids)):
             raise ValueError(f"the tokenizer in {tokenizer} has no {', '.join(missing)}")
         largest = max(*ids.values(), *read["model"]["vocab"].values())
         vocab = -(-(largest + 1) // 64) * 64  # a multiple of 64 divides over any tensor axis
-    text = decoder.Config(
-        layers=4,
-        width=192,
-        ffn=512,
-        heads=6,
-        kv_heads=2,
-        vocab=vocab,
-        rope_sections=(4, 6, 6),
-        rope_theta=1e4,
-        max_positions=4096,
-    )
-    tower = vision.Config(
-        layers=4, width=128, ffn=384, heads=4, out=192, full=(1, 3), patch=8, window=32
-    )
-    return qwen25vl.Config(
-        text=text,
-        vision=tower,
-        tied=True,
-        fractional_seconds=True,  # short clips: whole seconds would put all frames at one time
-        remat=False,
-        unroll=4,
-        **{field: ids[content] for field, content in SPECIAL.items()},
-    )
+    return named(family).tiny(vocab, {field: ids[token] for field, token in special.items()})
 
 
-def read_config(folder: str | pathlib.Path) -> qwen25vl.Config:
-    """The config of a model folder, with the image statistics of its preprocessor if it has one."""
+def read_config(folder: str | pathlib.Path) -> Any:
+    """The config of a model folder, with the image statistics of its preprocessor if it has one.
+
+    Raises ValueError for an architecture that no family here reads.
+    """
     folder = pathlib.Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json; give the folder of a saved model")
-    cfg = qwen25vl.Config.from_hf(json.loads((folder / "config.json").read_text()))
-    if (file := folder / "preprocessor_config.json").is_file():
-        read = json.loads(file.read_text())
-        stats = {k: tuple(read[k]) for k in ("image_mean", "image_std") if k in read}
-        return dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, **stats))
-    return cfg
+    config = json.loads((folder / "config.json").read_text())
+    kind = config.get("model_type")
+    known = [f for f in FAMILIES if kind in f.model_types]
+    if not known:
+        kinds = sorted(k for f in FAMILIES for k in f.model_types)
+        raise ValueError(
+            f"{folder}/config.json has model_type {kind!r}, which no family here reads; they read "
+            f"{', '.join(kinds)}"
+        )
+    cfg = known[0].config.from_hf(config)
+    stats = {}
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (folder / name).is_file():
+            read = json.loads((folder / name).read_text())
+            read = read.get("image_processor", read)  # transformers 5 nests it
+            stats |= {k: tuple(read[k]) for k in ("image_mean", "image_std") if k in read}
+    return dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, **stats))
 
 
 def _path(key_path) -> tuple[str, ...]:
@@ -220,14 +165,14 @@ def _to_stored(x: np.ndarray, place: Place) -> np.ndarray:
 class Files:
     """The tensors of a folder by hub name; reads only what is asked for."""
 
-    def __init__(self, folder: pathlib.Path, stack: contextlib.ExitStack):
+    def __init__(self, folder: pathlib.Path, family: Family, stack: contextlib.ExitStack):
         self.handles: dict[str, tuple[Any, str]] = {}
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise FileNotFoundError(f"{folder} has no .safetensors file; convert the model first")
         for file in files:
             handle = stack.enter_context(safetensors.safe_open(file, "numpy"))
-            self.handles |= {hub_name(key): (handle, key) for key in handle.keys()}
+            self.handles |= {family.hub_name(key): (handle, key) for key in handle.keys()}
 
     def shape(self, name: str) -> tuple[int, int]:
         handle, key = self.handles[name]
@@ -261,7 +206,7 @@ class Files:
         return x[tuple(slice(None) if a in (0, n) else s for a, s in enumerate(index))]
 
 
-def _check(files: Files, where: dict, leaves: list, tied: bool) -> None:
+def _check(files: Files, where: dict, leaves: list, ignored: tuple[str, ...]) -> None:
     """Raise one ValueError naming every tensor that is missing, misshapen or not mapped."""
     problems, used = [], set()
     for path, v in leaves:
@@ -274,7 +219,6 @@ def _check(files: Files, where: dict, leaves: list, tied: bool) -> None:
                 problems.append(f"{name} is missing (weight {'.'.join(path)})")
             elif (got := files.shape(name)) != wanted:
                 problems.append(f"{name} has shape {got}; {'.'.join(path)} wants {wanted}")
-    ignored = IGNORED_TENSORS + (("lm_head.weight",) if tied else ())
     for name in sorted(set(files.handles) - used):
         if not any(re.fullmatch(pattern, name) for pattern in ignored):
             problems.append(f"{name} is in the files and this model has no place for it")
@@ -283,22 +227,34 @@ def _check(files: Files, where: dict, leaves: list, tied: bool) -> None:
         raise ValueError("the weights do not fit config.json:\n  " + "\n  ".join(shown))
 
 
-def load(folder: str | pathlib.Path, *, mesh: Mesh | None = None, dtype: str = "float32") -> Loaded:
-    """Read a model folder. On a mesh the weights come sharded, and no host reads all of them."""
+def load(
+    folder: str | pathlib.Path,
+    *,
+    mesh: Mesh | None = None,
+    dtype: str | Callable[[str], str] = "float32",
+) -> Loaded:
+    """Read a model folder. On a mesh the weights come sharded, and no host reads all of them.
+
+    `dtype` is of all weights, or a function that gives it for a weight's path
+    ("decoder.blocks.attention.q.w").
+    """
     cfg = read_config(folder)
-    graph, shapes = abstract(cfg)
-    where, leaves = places(cfg), _leaves(shapes)
+    family, (graph, shapes) = family_of(cfg), abstract(cfg)
+    where, leaves = family.places(cfg), _leaves(shapes)
+    # A tied model's files may hold its table twice.
+    ignored = IGNORED_TENSORS + family.ignored + ((r".*lm_head\.weight",) if cfg.tied else ())
     with contextlib.ExitStack() as stack:
-        files = Files(pathlib.Path(folder), stack)
-        _check(files, where, leaves, cfg.tied)
+        files = Files(pathlib.Path(folder), family, stack)
+        _check(files, where, leaves, ignored)
 
         def read(path, shape, index):
             place = where[path]
+            kind = DTYPES[dtype if isinstance(dtype, str) else dtype(paths.join(path))]
             if "{}" not in place.name:
-                return files.weight(place, shape, index, 0).astype(DTYPES[dtype])
+                return files.weight(place, shape, index, 0).astype(kind)
             layers = range(*index[0].indices(shape[0]))
             each = [files.weight(place, shape[1:], index[1:], i) for i in layers]
-            return np.stack([x.astype(DTYPES[dtype]) for x in each])
+            return np.stack([x.astype(kind) for x in each])
 
         def whole(key_path, v):
             index = tuple(slice(0, d) for d in v.shape)
@@ -317,9 +273,9 @@ def load(folder: str | pathlib.Path, *, mesh: Mesh | None = None, dtype: str = "
     return Loaded(cfg, graph, params)
 
 
-def _tensors(cfg: qwen25vl.Config, params: nnx.State, dtype: str):
+def _tensors(cfg: Any, params: nnx.State, dtype: str):
     """(hub name, array) one after the other; every process of a run must walk them all."""
-    where = places(cfg)
+    where = family_of(cfg).places(cfg)
     by_name: dict[str, list] = {}
     for path, v in _leaves(params):
         by_name.setdefault(where[path].name, []).append((where[path], v[...]))
@@ -333,9 +289,8 @@ def _tensors(cfg: qwen25vl.Config, params: nnx.State, dtype: str):
                     x = multihost_utils.process_allgather(x, tiled=True)
                 stored.append(_to_stored(np.asarray(x).astype(DTYPES[dtype]), place))
             x = np.concatenate(stored)
-            if name == "visual.patch_embed.proj.weight":  # a 3-D convolution in the files
-                v = cfg.vision
-                x = x.reshape(-1, v.channels, v.temporal, v.patch, v.patch)
+            if pieces[0][0].stored:
+                x = x.reshape(-1, *pieces[0][0].stored)
             yield name.format(i), np.ascontiguousarray(x)
 
 
@@ -369,21 +324,9 @@ def _write_weights(folder: pathlib.Path, tensors) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _preprocessor(cfg: qwen25vl.Config) -> dict[str, Any]:
-    v = cfg.vision
-    return {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "image_mean": list(v.image_mean),
-        "image_std": list(v.image_std),
-        "patch_size": v.patch,
-        "temporal_patch_size": v.temporal,
-        "merge_size": v.merge,
-    }
-
-
 def save(
     folder: str | pathlib.Path,
-    cfg: qwen25vl.Config,
+    cfg: Any,
     params: nnx.State,
     *,
     like: str | pathlib.Path | None = None,
@@ -410,7 +353,7 @@ def save(
         part.rename(folder)
 
 
-def _write_folder(part: pathlib.Path, cfg: qwen25vl.Config, tensors, like, dtype: str) -> None:
+def _write_folder(part: pathlib.Path, cfg: Any, tensors, like, dtype: str) -> None:
     _write_weights(part, tensors)
     config = cfg.to_hf() | {"dtype": dtype}
     (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -418,5 +361,5 @@ def _write_folder(part: pathlib.Path, cfg: qwen25vl.Config, tensors, like, dtype
         if like is not None and (file := pathlib.Path(like) / name).is_file():
             shutil.copy(file, part / name)
     if not (part / "preprocessor_config.json").exists():
-        text = json.dumps(_preprocessor(cfg), indent=2) + "\n"
+        text = json.dumps(family_of(cfg).preprocessor(cfg), indent=2) + "\n"
         (part / "preprocessor_config.json").write_text(text)

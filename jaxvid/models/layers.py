@@ -23,7 +23,9 @@ REMAT = {
     "none": None,  # everything is kept, nothing computed again
     "full": _POLICIES.nothing_saveable,  # nothing is kept: least memory, one more forward pass
     "dots": _POLICIES.dots_with_no_batch_dims_saveable,  # products with weights are kept
-    "attention": _POLICIES.save_only_these_names("attention"),  # its outputs: long rows gain most
+    # Attention's outputs are kept: for rows of over 2,048 tokens, and for kernels; shorter ones
+    # have to make most of it again.
+    "attention": _POLICIES.save_only_these_names("attention"),
     "offload": _POLICIES.save_and_offload_only_these_names(  # as "full", the input kept by the host
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=["layer"],
@@ -158,15 +160,32 @@ def lookup(
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale, the statistics in float32."""
 
-    def __init__(self, width: int, *, eps: float):
+    def __init__(self, width: int, *, eps: float, axis: str = "embed"):
         self.eps = eps
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32), axes=("embed",))
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32), axes=(axis,))
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
         return (y.astype(x.dtype) * scale).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / std * scale + bias, the statistics in float32."""
+
+    def __init__(self, width: int, *, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32), axes=("embed",))
+        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32), axes=("embed",))
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        wide = (1,) * (x.ndim - 1) + (-1,)
+        y = y * self.scale[...].reshape(wide) + self.bias[...].reshape(wide)
+        return y.astype(x.dtype)
 
 
 class GatedMLP(nnx.Module):
@@ -208,7 +227,7 @@ class GatedMLP(nnx.Module):
             return jnp.moveaxis(w.reshape(shape), axis + 1, 0).reshape(parts, *part)
 
         rows = x.reshape(-1, x.shape[-1])
-        given, into = (self.gate, self.up), self.down  # the layers with a part of outputs, of inputs
+        given, into = (self.gate, self.up), self.down  # in parts of their outputs; of its inputs
         low = [None if m.lora is None else m.lora.reduce(rows) for m in given]
 
         @jax.checkpoint

@@ -1,4 +1,4 @@
-"""LoRA (https://arxiv.org/abs/2106.09685): y = x w + scale drop(x) a b, of which a and b are trained.
+"""LoRA (https://arxiv.org/abs/2106.09685): y = x w + scale drop(x) a b; a and b alone are trained.
 
 Ours, because qwix and flax's own LoRA wrap layers whose product they know, and here it is a written
 derivative over stacked, scanned layers whose weights carry logical axes and are gathered in use.

@@ -3,8 +3,8 @@
 Names inside are those of transformers' modules, so `peft` puts an adapter on the model that
 transformers reads from the base folder. Layers that the files hold as one (q, k and v of a vision
 tower) have one adapter there, of the ranks of all: their a below one another, their b on the
-diagonal. Left out, and refused by `load`: DoRA, trained biases, modules saved whole, ranks or scales
-that differ between layers.
+diagonal. Left out, and refused by `load`: DoRA, trained biases, modules saved whole, ranks or
+scales that differ between layers.
 """
 
 import json
@@ -57,7 +57,7 @@ def save(
         part.mkdir()
         content = _config(settings, modules, fused, base)
         (part / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
-        (part / WEIGHTS).touch()  # with the rights of a new file; safetensors gives them to the owner
+        (part / WEIGHTS).touch()  # with the rights of a new file, not of the owner alone
         mode = (part / WEIGHTS).stat().st_mode
         safetensors.numpy.save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
         (part / WEIGHTS).chmod(mode)
@@ -124,7 +124,8 @@ def _joined(each: dict[int, list[np.ndarray]], place: Place, rank: int):
         joined[n * out : (n + 1) * out, n * rank : (n + 1) * rank] = b
     a = np.concatenate([a for a, _ in parts])
     if place.stored:
-        return a.reshape(total, *place.stored), joined.reshape(*joined.shape, *place.stored[1:0])
+        points = (1,) * (len(place.stored) - 1)  # the second matrix is a convolution of one point
+        return a.reshape(total, *place.stored), joined.reshape(*joined.shape, *points)
     return a, joined
 
 
@@ -175,6 +176,7 @@ def load(
     rank, found = content["r"], {}
     for name, parts in _modules(cfg).items():
         found |= _taken(left, name, parts, rank, problems)
+    problems += _other_scales(content)
     problems += [f"{key}: this model has no such layer" for key in sorted(left)]
     if not found:
         problems.append("it has no layer of this model")
@@ -190,10 +192,27 @@ def load(
     graph, params = lora.attach(graph, params, settings, 0, mesh=mesh)
     flat = dict(nnx.to_flat_state(params))
     for path, x in found.items():
-        v = flat[path]
+        v, name = flat[path], paths.join(path)
+        if x.size != v.size:
+            raise ValueError(f"{folder}: {name} has {x.size} numbers and this model's has {v.size}")
         x = np.asarray(x, np.float32).reshape(v.shape)
-        flat[path] = v.replace(jax.make_array_from_callback(x.shape, v[...].sharding, x.__getitem__))
+        placed = jax.make_array_from_callback(x.shape, v[...].sharding, x.__getitem__)
+        flat[path] = v.replace(placed)
     return settings, graph, nnx.from_flat_state(flat)
+
+
+def _other_scales(content: dict[str, Any]) -> list[str]:
+    """What of the patterns gives some modules another scale than the rest."""
+    ranks, alphas = content.get("rank_pattern") or {}, content.get("alpha_pattern") or {}
+    root = 0.5 if content.get("use_rslora") else 1.0
+    scale = lambda rank, alpha: alpha / rank**root
+    wanted = scale(content["r"], content["lora_alpha"])
+    return [
+        f"{name}: scale {found}, and {wanted} elsewhere"
+        for name in sorted(ranks.keys() | alphas.keys())
+        for found in [scale(ranks.get(name, content["r"]), alphas.get(name, content["lora_alpha"]))]
+        if abs(found - wanted) > 1e-6 * wanted
+    ]
 
 
 def _taken(left: Tensors, name: str, parts: dict, rank: int, problems: list[str]) -> dict:
@@ -221,12 +240,12 @@ def _taken(left: Tensors, name: str, parts: dict, rank: int, problems: list[str]
             return {}
         apart = len(a) > rank  # every part has ranks of its own, or all share them
         for n, (path, _) in parts.items():
-            ranks = slice(n * rank, (n + 1) * rank) if apart else slice(None)
+            own = np.arange(n * rank, (n + 1) * rank) if apart else np.arange(rank)
             rows = b[n * size : (n + 1) * size]
-            if np.delete(rows, np.r_[ranks], axis=1).any():
+            if np.delete(rows, own, axis=1).any():
                 problems.append(f"{name.format(layer)}: its parts share ranks of another layout")
                 return {}
-            if a[ranks].any():
-                out.setdefault((*path, "lora", "a"), []).append(a[ranks].T)
-                out.setdefault((*path, "lora", "b"), []).append(rows[:, ranks].T)
+            if a[own].any():
+                out.setdefault((*path, "lora", "a"), []).append(a[own].T)
+                out.setdefault((*path, "lora", "b"), []).append(rows[:, own].T)
     return {path: np.stack(each) for path, each in out.items()}

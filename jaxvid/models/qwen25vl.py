@@ -6,20 +6,20 @@ others (published configs switch them off).
 """
 
 import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 
-from jaxvid.batch import TokenBatch, VisionBatch
+from jaxvid.batch import AudioBatch, Medium, Placed, Vision, VisionBatch
 from jaxvid.models import decoder, vision
-from jaxvid.models.decoder import KV
+from jaxvid.models.family import Family, Place, Places, Reader, decoder_places, refuse
 from jaxvid.models.layers import Compute
-
-FAMILY = "qwen2_5_vl"
+from jaxvid.models.multimodal import Features, Multimodal
 
 # Attributes of a Hugging Face config that say nothing about what is computed here, or that are
 # checked to be what they must be (MUST).
@@ -39,7 +39,6 @@ IGNORED = {
     ).split(),
 }
 FULL, SLIDING = "full_attention", "sliding_attention"
-MUST = {"hidden_act": "silu", "attention_dropout": 0.0}
 TEXT_NAMES = {
     "layers": "num_hidden_layers",
     "width": "hidden_size",
@@ -72,30 +71,6 @@ TOKEN_NAMES = (
 )
 
 
-class Reader:
-    """Takes attributes out of one section of a config and remembers what was wrong."""
-
-    def __init__(self, section: dict[str, Any], where: str, problems: list[str]):
-        self.left, self.where, self.problems = dict(section), where, problems
-
-    def take(self, name: str, *default):
-        if name in self.left:
-            return self.left.pop(name)
-        if not default:
-            self.problems.append(f"{self.where}{name} is missing")
-            return 0
-        return default[0]
-
-    def done(self, ignored: list[str]) -> None:
-        for name, wanted in MUST.items():
-            if (got := self.take(name, wanted)) != wanted:
-                self.problems.append(f"{self.where}{name} is {got!r}; only {wanted!r} is supported")
-        for name in ignored:
-            self.left.pop(name, None)
-        for name, value in self.left.items():
-            self.problems.append(f"{self.where}{name}={value!r} is not known")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     text: decoder.Config
@@ -112,13 +87,9 @@ class Config:
     # is "max" and truncated seconds; transformers 5.x is "hf5" and fractional seconds.
     text_after_video: str = "max"
     fractional_seconds: bool = False
-    dtype: str = "float32"  # of activations
-    remat: bool = True
-    unroll: int = 1
-    ffn_parts: int = 1
+    compute: Compute = Compute()
 
     def __post_init__(self):
-        _ = self.compute  # refuses what it must
         if self.text_after_video not in ("max", "hf5"):
             raise ValueError(f"text_after_video={self.text_after_video!r}; choose 'max' or 'hf5'")
         if self.vision.out != self.text.width:
@@ -128,10 +99,8 @@ class Config:
             )
 
     @property
-    def compute(self) -> Compute:
-        return Compute(
-            dtype=self.dtype, remat=self.remat, unroll=self.unroll, ffn_parts=self.ffn_parts
-        )
+    def prompting(self) -> "Prompting":
+        return Prompting(self)
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "Config":
@@ -139,8 +108,8 @@ class Config:
         named as ignored; raises one ValueError with everything that is missing or not known."""
         problems: list[str] = []
         top = dict(config)
-        if (family := top.pop("model_type", None)) != FAMILY:
-            problems.append(f"model_type is {family!r}; only {FAMILY!r} is supported here")
+        if (family := top.pop("model_type", None)) not in FAMILY.model_types:
+            problems.append(f"model_type is {family!r}; wanted is {FAMILY.name!r}")
         policy = top.pop("jaxvid", {})
         vision_cfg = _vision(top.pop("vision_config", {}), problems)
         text = dict(top.pop("text_config", {}))
@@ -153,8 +122,7 @@ class Config:
         for name in IGNORED[""]:
             top.pop(name, None)
         text_cfg = _text({**top, **text}, problems)
-        if problems:
-            raise ValueError("this config cannot be imported:\n  " + "\n  ".join(problems))
+        refuse(problems)
         return cls(text=text_cfg(), vision=vision_cfg(), tied=bool(tied), **tokens, **policy)
 
     def to_hf(self) -> dict[str, Any]:
@@ -202,7 +170,7 @@ class Config:
         }
         return tokens | {
             "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-            "model_type": FAMILY,
+            "model_type": FAMILY.name,
             "text_config": text_config,
             "vision_config": vision_config,
             "tie_word_embeddings": self.tied,
@@ -223,6 +191,8 @@ def _text(section, problems):
     found["rope_sections"] = tuple(rope.pop("mrope_section", (16, 24, 24)))
     problems += [f"rope attribute {name}={value!r} is not known" for name, value in rope.items()]
     found["window"] = _window(read, found["layers"])
+    read.must("hidden_act", "silu")
+    read.must("attention_dropout", 0.0)
     read.done(IGNORED["text"])
     return lambda: decoder.Config(**found)
 
@@ -259,72 +229,54 @@ def _vision(section, problems):
     found["full"] = tuple(read.take("fullatt_block_indexes", ()))
     rope = read.take("rope_parameters", None) or {}
     found["rope_theta"] = float(rope.get("rope_theta", 1e4))
+    read.must("hidden_act", "silu")
     read.done(IGNORED["vision"])
     return lambda: vision.Config(**found)
 
 
-class Qwen25VL(nnx.Module):
-    """Hidden states and the unembedding; log-probs are `ops.logprob`'s, so no logits here."""
-
+class Qwen25VL(Multimodal):
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
-        self.cfg = cfg
         self.tower = vision.Tower(cfg.vision, cfg.compute, rngs=rngs)
-        self.decoder = decoder.Decoder(cfg.text, cfg.compute, rngs=rngs)
-        if cfg.tied:
-            self.head = None
-        else:
-            shape = (cfg.text.vocab, cfg.text.width)
-            w = 0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)
-            self.head = nnx.Param(w, axes=("vocab", "embed"))
+        super().__init__(cfg, rngs=rngs)
 
-    def unembedding(self) -> Float[Array, "V D"]:
-        """float32 as stored: `ops.logprob` chooses the precision of the product."""
-        return (self.decoder.table if self.head is None else self.head)[...]
-
-    def embed(self, tokens: TokenBatch, seen: VisionBatch) -> Float[Array, "B T D"]:
-        """Token embeddings, with vision features where `tokens.media` points at one."""
-        x = self.decoder.embed(tokens.tokens)
-        if seen.patches.shape[1] == 0:  # a batch without media never runs the tower
-            return x
-        features = self.tower(seen)  # [B, P, D]
-        at = jnp.maximum(tokens.media - 1, 0)
-        taken = jnp.take_along_axis(features, at[..., None], axis=1)
-        return jnp.where(tokens.media[..., None] > 0, taken, x)
-
-    def hidden(self, tokens: TokenBatch, vision: VisionBatch) -> Float[Array, "B T D"]:
-        """After the final norm."""
-        tokens = TokenBatch(*map(jnp.asarray, tokens))
-        x = self.embed(tokens, vision)
-        return self.decoder(x, tokens.positions, tokens.end, tokens.depth)[0]
-
-    def prefill(self, tokens: TokenBatch, vision: VisionBatch) -> tuple[Float[Array, "B D"], KV]:
-        """One prompt per row, from index 0. Its last hidden state (which predicts the first token
-        of every branch) and its cache. A row of padding gives some finite state."""
-        tokens = TokenBatch(*map(jnp.asarray, tokens))
-        x = self.embed(tokens, vision)
-        y, kv = self.decoder(x, tokens.positions, tokens.end, tokens.depth, keep=True)
-        last = jnp.maximum((tokens.end > 0).sum(axis=1) - 1, 0)
-        return jnp.take_along_axis(y, last[:, None, None], axis=1)[:, 0], kv
-
-    def decode(
-        self,
-        token: Int[Array, "B G"],
-        positions: Int[Array, "B G"],  # the same on the three axes, as on all text
-        prompt: KV,
-        length: Int[Array, "B"],
-        branch: KV,
-        step: int | Int[Array, ""],
-    ) -> tuple[Float[Array, "B G D"], KV]:
-        """One new token per branch; `branch` comes back with it written at `step`."""
-        x = self.decoder.embed(token)
-        return self.decoder.step(x, positions, prompt, length, branch, step)
+    def features(self, vision: VisionBatch, audio: AudioBatch | None) -> Features | None:
+        return Features(self.tower(vision)) if vision.patches.shape[1] else None
 
 
-def empty_branches(prompt: KV, groups: int, tokens: int) -> KV:
-    """An unwritten cache for `groups` branches of up to `tokens` tokens on each row's prompt."""
-    L, B, _, K, H = prompt.k.shape
-    zeros = jnp.zeros((L, B, groups, tokens, K, H), prompt.k.dtype)
-    return KV(zeros, zeros)
+@dataclasses.dataclass(frozen=True)
+class Prompting:
+    """A clip is its placeholders between <|vision_start|> and <|vision_end|>."""
+
+    cfg: Config
+    sound: None = None
+
+    @property
+    def vision(self) -> Vision:
+        v = self.cfg.vision
+        return Vision(patch=v.patch, temporal=v.temporal, merge=v.merge, window=v.window)
+
+    @property
+    def markers(self) -> dict[str, str]:
+        return {
+            "video": "<|vision_start|><|video_pad|><|vision_end|>",
+            "image": "<|vision_start|><|image_pad|><|vision_end|>",
+        }
+
+    def expand(self, medium: Medium, encode: Callable[[str], list[int]]) -> Placed:
+        """Raises ValueError for a sound, which this family does not hear."""
+        if medium.kind not in self.markers:
+            raise ValueError(f"a medium is {medium.kind!r}; {FAMILY.name} takes videos and images")
+        c = self.cfg
+        pad = c.video_token_id if medium.kind == "video" else c.image_token_id
+        n = math.prod(medium.grid) // c.vision.merge**2
+        ids = np.array([c.vision_start_token_id, *[pad] * n, c.vision_end_token_id], np.int32)
+        seen = np.array([0, *range(1, n + 1), 0], np.int32)
+        return Placed(ids, seen, np.zeros_like(seen))
+
+    def positions(
+        self, tokens: Int[np.ndarray, "n"], media: Sequence[Medium]
+    ) -> Int[np.ndarray, "3 n"]:
+        return positions(tokens, [m.grid for m in media], [m.seconds for m in media], self.cfg)
 
 
 def positions(
@@ -378,3 +330,103 @@ def positions(
         )
     out[:, i:] = start + np.arange(len(tokens) - i)[None]
     return out
+
+
+def places(cfg: Config) -> Places:
+    """Path in the parameters -> place in the files, for every weight of the family."""
+    out = Places()
+    tower_places(out, cfg.vision)
+    decoder_places(out, "model.", qkv_bias=True)
+    if not cfg.tied:
+        out[("head",)] = Place("lm_head.weight")
+    return out
+
+
+def tower_places(out: Places, cfg: vision.Config) -> None:
+    """Those of the vision tower."""
+    values = (cfg.channels, cfg.temporal, cfg.patch, cfg.patch)  # a 3-D convolution in the files
+    out["tower", "embed", "w"] = Place("visual.patch_embed.proj.weight", 1, stored=values)
+    out.norm(("tower", "merger", "norm"), "visual.merger.ln_q")
+    out.linear(("tower", "merger", "hidden"), "visual.merger.mlp.0", bias=True)
+    out.linear(("tower", "merger", "out"), "visual.merger.mlp.2", bias=True)
+    at, block = ("tower", "blocks"), "visual.blocks.{}"
+    out.norm((*at, "attention_norm"), f"{block}.norm1")
+    out.norm((*at, "mlp_norm"), f"{block}.norm2")
+    for which in ("gate", "up", "down"):
+        out.linear((*at, "mlp", which), f"{block}.mlp.{which}_proj", bias=True)
+    for part, which in enumerate("qkv"):
+        out.linear((*at, "attention", which), f"{block}.attn.qkv", bias=True, part=part, parts=3)
+    out.linear((*at, "attention", "out"), f"{block}.attn.proj", bias=True, inputs=2)
+
+
+def hub_name(name: str) -> str:
+    """A tensor's name as the hub spells it, from either spelling."""
+    name = re.sub(r"^model\.visual\.", "visual.", name)
+    return re.sub(r"^model\.language_model\.", "model.", name)
+
+
+def module_name(name: str) -> str:
+    """A tensor's name as transformers' module has it, from the hub's."""
+    name = re.sub(r"^model\.", "model.language_model.", name)
+    return re.sub(r"^visual\.", "model.visual.", name)
+
+
+def tiny(vocab: int, ids: dict[str, int]) -> Config:
+    """The same classes at laptop size (about 3M parameters), for frames of 48 x 48 pixels."""
+    text = decoder.Config(
+        layers=4,
+        width=192,
+        ffn=512,
+        heads=6,
+        kv_heads=2,
+        vocab=vocab,
+        rope_sections=(4, 6, 6),
+        rope_theta=1e4,
+        max_positions=4096,
+    )
+    tower = vision.Config(
+        layers=4, width=128, ffn=384, heads=4, out=192, full=(1, 3), patch=8, window=32
+    )
+    return Config(
+        text=text,
+        vision=tower,
+        tied=True,
+        fractional_seconds=True,  # short clips: whole seconds would put all frames at one time
+        compute=Compute(remat="none", unroll=4),
+        **ids,
+    )
+
+
+def preprocessor(cfg: Config) -> dict[str, Any]:
+    """preprocessor_config.json, for a folder that has none."""
+    v = cfg.vision
+    return {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "image_mean": list(v.image_mean),
+        "image_std": list(v.image_std),
+        "patch_size": v.patch,
+        "temporal_patch_size": v.temporal,
+        "merge_size": v.merge,
+    }
+
+
+FAMILY = Family(
+    name="qwen2_5_vl",
+    model_types=("qwen2_5_vl",),
+    config=Config,
+    model=Qwen25VL,
+    places=places,
+    hub_name=hub_name,
+    module_name=module_name,
+    special={
+        "bos_token_id": "<|endoftext|>",
+        "pad_token_id": "<|endoftext|>",
+        "eos_token_id": "<|im_end|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+    },
+    tiny=tiny,
+    preprocessor=preprocessor,
+)

@@ -319,7 +319,7 @@ def _forward(hidden, table, targets, plan):
 
 
 def _backward(hidden, table, targets, lse, mean, d_logp, d_entropy, plan, trained):
-    """(gradient of the hidden states, of the table); the first alone where no table is `trained`."""
+    """(gradient of the hidden states, of the table); the first alone if no table is `trained`."""
     shape, hidden = hidden.shape, hidden.reshape(-1, hidden.shape[-1])
     rows = jnp.stack([x.ravel() for x in (lse, mean, d_logp, d_entropy)])
     count, block = _blocks(table, plan)

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxvid import sharding
-from jaxvid.batch import TokenBatch, VisionBatch
+from jaxvid.batch import AudioBatch, TokenBatch, VisionBatch
 from jaxvid.data import layout
 from jaxvid.data.chat import Chat
 
@@ -69,6 +69,7 @@ def generate(
     model: nnx.Module,
     tokens: TokenBatch,
     vision: VisionBatch,
+    audio: AudioBatch | None = None,
     *,
     group: int,
     sampling: Sampling,
@@ -89,7 +90,8 @@ def generate(
             f"end. Take them out of banned_ids."
         )
     graph, params = nnx.split(model)
-    return _generate(graph, group, sampling, stop, banned, params, tokens, vision, keys)
+    inputs = (tokens, vision, audio)
+    return _generate(graph, group, sampling, stop, banned, params, inputs, keys)
 
 
 def generate_all(
@@ -112,21 +114,24 @@ def generate_all(
     out = []
     for at in range(0, len(trees), rows):
         here = trees[at : at + rows]
-        tokens, vision = layout.prompts(
-            here,
-            rows,
-            bucket(max(len(t.prompt) for t in here)),
-            max(len(t.patches) for t in here),
-            max(t.patches.shape[1] for t in here),
+        needs = [layout.size(t) for t in here]
+        budget = layout.Budget(
+            rows=rows,
+            tokens=bucket(max(len(t.prompt) for t in here)),
+            scored=0,
+            branches=0,
+            frames=max(need.frames for need in needs),
+            patches=max(layout.most_patches(t) for t in here),
+            chunks=max(need.chunks for need in needs),
         )
+        inputs = layout.prompts(here, budget)
         row_keys = keys[at + np.minimum(np.arange(rows), len(here) - 1)]
         if mesh is not None:
             where = sharding.row_sharding(mesh, rows)
-            tokens, vision, row_keys = jax.device_put((tokens, vision, row_keys), where)
+            inputs, row_keys = jax.device_put((inputs, row_keys), where)
         drawn = generate(
             model,
-            tokens,
-            vision,
+            *inputs,
             group=group,
             sampling=sampling,
             stop_ids=chat.stop_ids,
@@ -165,10 +170,11 @@ class _Loop(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _generate(graph, group, sampling, stop, banned, params, tokens, vision, keys) -> Rollouts:
+def _generate(graph, group, sampling, stop, banned, params, inputs, keys) -> Rollouts:
     model = nnx.merge(graph, params)
     unembed, limit = model.unembedding(), sampling.max_tokens
-    hidden, prompt = model.prefill(tokens, vision)
+    tokens = inputs[0]
+    hidden, prompt = model.prefill(*inputs)
     seen = tokens.end > 0
     length = seen.sum(axis=1, dtype=jnp.int32)
     # A branch starts one past the prompt's last token, on all three axes, as in training's rows.

@@ -156,8 +156,8 @@ def start(score: Callable[..., Any], params: nnx.State) -> Reference:
 
 
 def base(score: Callable[..., Any]) -> Reference:
-    """The reference that a LoRA run starts from, in no memory: the model without its adapters, which
-    are all that is trained. `score` is of the plain model's graph."""
+    """The reference that a LoRA run starts from, in no memory: the model without its adapters,
+    which are all that is trained. `score` is of the plain model's graph."""
     return lambda state, batch: score(state.frozen, batch).logp
 
 

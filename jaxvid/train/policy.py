@@ -161,7 +161,7 @@ def make_update(parts: Parts, seed: int) -> loop.Update:
         groups = trees(kept, found.advantage, valid)
         batch = layout.stack(layout.pack(groups, parts.budget, shards=shards))
         batch = loop.place(batch, parts.mesh)
-        if settings.updates == 1 and not parts.dropout:  # the step itself scores at the start of the update
+        if settings.updates == 1 and not parts.dropout:  # the step itself scores at its start
             batch = batch._replace(old=jnp.full_like(batch.old, jnp.nan))
         else:
             batch = batch._replace(old=parts.score(state.weights, batch).logp)

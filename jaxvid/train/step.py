@@ -84,15 +84,17 @@ def make_eval(
 def make_score(
     graph: nnx.GraphDef, *, temperature: float = 1.0
 ) -> Callable[[nnx.State, Batch], Scores]:
-    """(weights, batch) -> Scores, without dropout, shaped as the batch is: one micro-batch, or a leading axis."""
+    """(weights, batch) -> Scores, without dropout, shaped as the batch is: one micro-batch, or a
+    leading axis."""
 
-    def one(params, tokens, vision):
-        return score.score(nnx.merge(graph, params), tokens, vision, temperature=temperature)
+    def one(params, *inputs):
+        return score.score(nnx.merge(graph, params), *inputs, temperature=temperature)
 
     def scores(params, batch):
+        inputs = (batch.tokens, batch.vision, batch.audio)
         if batch.tokens.tokens.ndim == 2:
-            return one(params, batch.tokens, batch.vision)
-        return jax.lax.map(lambda b: one(params, *b), (batch.tokens, batch.vision))
+            return one(params, *inputs)
+        return jax.lax.map(lambda each: one(params, *each), inputs)
 
     return jax.jit(scores)
 
@@ -107,7 +109,9 @@ def make_loss(
         model = nnx.merge(graph, params, frozen)
         if drop is not None and key is not None:
             drop(model, key)
-        scores = score.score(model, micro.tokens, micro.vision, temperature=temperature)
+        scores = score.score(
+            model, micro.tokens, micro.vision, micro.audio, temperature=temperature
+        )
         value = objective(scores, micro)
         return value.numerator, value
 
