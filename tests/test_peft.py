@@ -143,3 +143,12 @@ def test_a_family_without_names_of_modules_says_so(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="does not say what transformers calls its modules"):
         peft.save(tmp_path / "a", loaded.cfg, params, SETTINGS["some"])
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("family", hf.FAMILIES, ids=lambda f: f.name)
+def test_names_of_modules_are_a_spelling_of_the_files(family):
+    """Every tensor of every family: what PEFT is told, `load` knows as the same."""
+    for place in family.places(hf.tiny_config(family.name)).values():
+        name = family.module_name(place.name)
+        assert family.hub_name(name) == place.name
+        assert name.startswith(("model.", "lm_head."))

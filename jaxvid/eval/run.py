@@ -277,7 +277,7 @@ def write(
         "decoding": "greedy",
         "settings": dataclasses.asdict(settings),
         "data": dataclasses.asdict(builder.data),
-        "vision": dataclasses.asdict(builder.vision),
+        "vision": dataclasses.asdict(builder.prompting.vision),
         "device": jax.devices()[0].device_kind,
         "versions": {name: _version(name) for name in VERSIONS},
         "about": about,
