@@ -213,7 +213,7 @@ def read(saved: dict[str, Any]) -> AnyRun:
 def _read(value: Any, kind: Any, path: str) -> Any:
     options = [k for k in (typing.get_args(kind) or (kind,)) if dataclasses.is_dataclass(k)]
     if not (isinstance(value, dict) and options):
-        return tuple(value) if isinstance(value, list) else value
+        return _tuples(value)
     value = dict(value)
     name = value.pop("class", None)
     found = [k for k in options if k.__name__ == name]
@@ -226,6 +226,10 @@ def _read(value: Any, kind: Any, path: str) -> Any:
     if unknown := sorted(value.keys() - hints.keys()):
         raise ValueError(f"the saved run's {path or 'top'} has unknown settings {unknown}")
     return found[0](**{k: _read(v, hints[k], f"{path}.{k}".strip(".")) for k, v in value.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _fields(value: Any) -> dict[str, Any]:
