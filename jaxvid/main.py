@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import difflib
 import importlib.metadata
-import json
 import pathlib
 import platform
 import sys
@@ -98,6 +97,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("workdir", type=pathlib.Path)
     p.add_argument("out", type=pathlib.Path)
     p.add_argument("--which", default="last", help="last, best, or a step")
+    p.add_argument("--adapter", action="store_true", help="a LoRA run's adapters alone, for PEFT")
     p = verb("report", _report, "one HTML file of a folder of stages", "runs/local")
     p.add_argument("workdir", type=pathlib.Path)
     return parser, made
@@ -255,23 +255,9 @@ def _tiny(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _export(args: argparse.Namespace, rest: list[str]) -> int:
-    import jax
+    from jaxvid import runs
 
-    from jaxvid import config, runs, sharding
-    from jaxvid.models import hf
-    from jaxvid.train import checkpoint
-
-    run = config.read(json.loads((args.workdir / "config.json").read_text()))
-    saver = checkpoint.Checkpoints(args.workdir / "checkpoints", best=run.best, mode=run.best_mode)
-    named = {"last": saver.latest, "best": saver.best_step}
-    step = named[args.which]() if args.which in named else int(args.which)
-    if step is None:
-        raise FileNotFoundError(f"{args.workdir} has no {args.which} checkpoint")
-    cfg, mesh = hf.read_config(run.model), sharding.make_mesh()
-    with jax.set_mesh(mesh):
-        _, shapes = hf.abstract(cfg)
-        params = saver.restore_params(shapes, sharding.parameter_shardings(shapes, mesh), step)
-        runs.write_model(run, cfg, params, args.out)
+    runs.export(args.workdir, args.out, args.which, adapter=args.adapter)
     return 0
 
 

@@ -40,7 +40,7 @@ CFG = omni.Config(
     bos_token_id=0,
     eos_token_id=1,
     pad_token_id=None,
-    compute=Compute(remat=False),
+    compute=Compute(remat="none"),
 )
 QUICK = {"xla_backend_optimization_level": 0}  # for programs that run once
 

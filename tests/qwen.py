@@ -27,7 +27,7 @@ CFG = qwen25vl.Config(
     vision_end_token_id=3,
     bos_token_id=0,
     eos_token_id=1,
-    compute=Compute(remat=False),
+    compute=Compute(remat="none"),
 )
 QUICK = {"xla_backend_optimization_level": 0}  # for programs that run once
 GRID = (2, 6, 6)  # windows of 2 x 2 merged tokens on 3 x 3: full, two kinds of partial, a corner

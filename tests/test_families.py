@@ -86,7 +86,7 @@ def test_a_twin_learns_on_a_mesh_as_on_one_device(twin):
     mesh, found = mesh_of(2, 2), []
     with jax.set_mesh(mesh):
         loaded = hf.load(twin.folder, mesh=mesh)
-        graph = hf.abstract(dataclasses.replace(loaded.cfg, compute=Compute(remat=False)))[0]
+        graph = hf.abstract(dataclasses.replace(loaded.cfg, compute=Compute(remat="none")))[0]
         tx = optimizers.AdamW(lr=3e-3).build(10, loaded.params)
         state = states.create(loaded.params, tx, mesh)
         update = step.make_step(graph, SFT(), tx)

@@ -12,6 +12,7 @@ import json
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxvid import sharding
+from jaxvid import paths, sharding
 from jaxvid.models import llava, omni, qwen25vl, weights
 from jaxvid.models.family import Family
 
@@ -49,7 +50,7 @@ FAMILIES = (qwen25vl.FAMILY, omni.FAMILY, *llava.FAMILIES)
 class Loaded(NamedTuple):
     cfg: Any  # the family's Config
     graph: nnx.GraphDef
-    params: nnx.State  # float32 masters
+    params: nnx.State  # float32 masters; what is frozen may be bfloat16
 
 
 def family_of(cfg: Any) -> Family:
@@ -140,10 +141,17 @@ def _leaves(params: nnx.State) -> list[tuple[tuple[str, ...], nnx.Variable]]:
     return [(_path(key_path), v) for key_path, v in leaves]
 
 
-def load(folder: str | pathlib.Path, *, mesh: Mesh | None = None, dtype: str = "float32") -> Loaded:
+def load(
+    folder: str | pathlib.Path,
+    *,
+    mesh: Mesh | None = None,
+    dtype: str | Callable[[str], str] = "float32",
+) -> Loaded:
     """Read a model folder. On a mesh the weights come sharded, and no host reads all of them.
 
-    Raises ValueError naming all that is wrong: with config.json, or else with files and tensors.
+    `dtype` is of all weights, or a function that gives it for a weight's path
+    ("decoder.blocks.attention.q.w"). Raises ValueError naming all that is wrong: with config.json,
+    or else with files and tensors.
     """
     cfg = read_config(folder)
     family, (graph, shapes) = family_of(cfg), abstract(cfg)
@@ -155,7 +163,8 @@ def load(folder: str | pathlib.Path, *, mesh: Mesh | None = None, dtype: str = "
         weights.check(files, where, each, ignored)
 
         def read(path, shape, index):
-            place, kind = where[path], DTYPES[dtype]
+            place = where[path]
+            kind = DTYPES[dtype if isinstance(dtype, str) else dtype(paths.join(path))]
             if "{}" not in place.name:
                 return files.weight(place, shape, index, 0).astype(kind)
             layers = range(*index[0].indices(shape[0]))

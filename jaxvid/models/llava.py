@@ -381,6 +381,14 @@ def hub_name(name: str) -> str:
     return re.sub(r"^lm_head\.", "language_model.lm_head.", name)
 
 
+def module_name(name: str) -> str:
+    """A tensor's name as transformers' module has it, from the hub's."""
+    name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
+    name = re.sub(r"^language_model\.model\.", "model.language_model.", name)
+    name = re.sub(r"^vision_tower\.vision_model\.", "model.vision_tower.", name)
+    return re.sub(r"^(?=multi_modal_projector|image_newline)", "model.", name)
+
+
 def _tiny(kind: str, vocab: int) -> decoder.Config:
     return decoder.Config(
         layers=4,
@@ -404,7 +412,7 @@ def tiny_next_video(vocab: int, ids: dict[str, int]) -> NextVideo:
         vision=tower,
         decoder_kind="llama",
         pinpoints=((48, 96), (96, 48), (96, 96)),
-        compute=Compute(remat=False, unroll=4),
+        compute=Compute(remat="none", unroll=4),
         **ids,
     )
 
@@ -430,7 +438,7 @@ def tiny_onevision(vocab: int, ids: dict[str, int]) -> OneVision:
         decoder_kind="qwen2",
         pinpoints=((48, 48), (48, 96), (96, 48), (96, 96)),
         tied=True,
-        compute=Compute(remat=False, unroll=4),
+        compute=Compute(remat="none", unroll=4),
         **ids,
     )
 
@@ -456,6 +464,7 @@ def _family(config: type[Config], special: dict[str, str], tiny: Callable[..., C
         model=LLaVA,
         places=places,
         hub_name=hub_name,
+        module_name=module_name,
         ignored=(r"vision_tower\.vision_model\.embeddings\.position_ids",),
         special=special | {"image_token_id": "<image>", "video_token_id": "<video>"},
         tiny=tiny,

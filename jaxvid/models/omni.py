@@ -401,6 +401,12 @@ def hub_name(name: str) -> str:
     return re.sub(r"^model\.language_model\.", "model.", name)
 
 
+def module_name(name: str) -> str:
+    """A tensor's name as transformers' thinker has it, from the folder's."""
+    name = re.sub(r"^model\.", "model.language_model.", name)
+    return re.sub(r"^(visual|audio_tower)\.", r"model.\1.", name)
+
+
 def tiny(vocab: int, ids: dict[str, int]) -> Config:
     """The same classes at laptop size (about 4M parameters), for frames of 48 x 48 pixels."""
     like = qwen25vl.tiny(vocab, {})
@@ -437,6 +443,7 @@ FAMILY = Family(
     model=Omni,
     places=places,
     hub_name=hub_name,
+    module_name=module_name,
     ignored=(r"talker\..*", r"token2wav\..*"),  # the speaking parts of a full checkpoint
     special={
         "bos_token_id": "<|endoftext|>",
