@@ -142,3 +142,29 @@ def test_what_a_family_cannot_take_is_said_before_decoding(twin):
 def test_a_record_of_sound_alone():
     """Of the families, those that hear take it; its tokens are those of the plan."""
     assert records.MEDIA_KINDS == ("video", "image", "audio")
+
+
+def test_the_family_of_its_page_is_one(tmp_path, monkeypatch):
+    """The page's code, run: a twin is made, read back, and learns."""
+    page = pathlib.Path(__file__).parent.parent / "docs/model.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    there: dict = {"__name__": "glimpse"}
+    monkeypatch.setitem(sys.modules, "glimpse", types.ModuleType("glimpse"))
+    exec(code, there)
+    monkeypatch.setattr(hf, "FAMILIES", (*hf.FAMILIES, there["FAMILY"]))
+    twin = Twin("glimpse", tmp_path / "model")
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        twin.loaded.params,
+        hf.initialise(twin.loaded.cfg, 0).params,
+    )
+    tree = twin.tree()
+    assert (tree.seen > 0).sum() == 4  # a token a frame
+    batch = layout.stack(layout.pack([[tree]], twin.budget(tree)))
+    tx = optimizers.AdamW(lr=1e-2).build(10, twin.loaded.params)
+    update = step.make_step(twin.loaded.graph, SFT(), tx)
+    state, found = states.create(twin.loaded.params, tx), []
+    for _ in range(4):
+        state, metrics = update(state, batch)
+        found.append(float(metrics["loss"]))
+    assert found[-1] < found[0] - 0.1
