@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,6 @@ ACTIVATIONS = {
 }
 
 # What of a layer is kept for the backward pass, by name; its input always is.
-Remat = Literal["none", "full", "dots", "attention", "offload"]
 _POLICIES = jax.checkpoint_policies
 REMAT = {
     "none": None,  # everything is kept, nothing computed again
@@ -45,7 +43,7 @@ class Compute:
     """How a model runs; nothing here changes what it computes, only precision, memory and time."""
 
     dtype: str = "float32"  # of activations; weights stay float32
-    remat: Remat = "full"  # what of a layer's inside the backward pass computes again: see REMAT
+    remat: str = "full"  # what is kept of a layer: none (all), full, dots, attention or offload
     unroll: int = 1  # layers per iteration of the scan
     ffn_parts: int = 1  # of an MLP, summed one after the other: one is in memory at a time
 
@@ -68,6 +66,10 @@ def matmul(x: Float[Array, "R I"], w: Array, axes: tuple[str, ...]) -> Float[Arr
     because the automatic one multiplies transposed copies on CPU (1.7x the time of an MLP), to have
     w's gradient in w's type, and to leave it where w lies. w is gathered as it is multiplied, in
     x's dtype. Where w is not differentiated, x is not kept and no gradient of w is computed."""
+    return _product(x, w, axes)
+
+
+def _product(x, w, axes):
     return x @ _whole(w, axes, x.dtype).reshape(x.shape[1], -1)
 
 
@@ -76,7 +78,8 @@ def _whole(w, axes, dtype):
 
 
 def _matmul_forward(x, w, axes):
-    return matmul(x.value, w.value, axes), (x.value if w.perturbed else None, w.value)
+    # The plain product: policies of rematerialisation know it, and `matmul` they do not.
+    return _product(x.value, w.value, axes), (x.value if w.perturbed else None, w.value)
 
 
 def _matmul_backward(axes, kept, dy):
