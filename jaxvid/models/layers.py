@@ -13,6 +13,11 @@ from jaxvid import sharding
 from jaxvid.ops._cast import cast
 
 DTYPES = ("float32", "bfloat16")
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,6 +207,27 @@ class GatedMLP(nnx.Module):
         weights = (cut(self.gate.w[...], 1), cut(self.up.w[...], 1), cut(self.down.w[...], 0))
         y, _ = jax.lax.scan(part, jnp.zeros(rows.shape, jnp.float32), weights)
         return y.reshape(x.shape).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """out(activation(hidden x)); `widths` are those of x, of the inside and of the result."""
+
+    def __init__(
+        self,
+        widths: tuple[int, int, int],
+        activation: str,
+        *,
+        bias: bool = True,
+        out_scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        x, ffn, y = widths
+        self.activation = activation
+        self.hidden = Linear((x,), (ffn,), "embed ffn", bias=bias, rngs=rngs)
+        self.out = Linear((ffn,), (y,), "ffn embed", bias=bias, scale=out_scale, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*rows W"]) -> Float[Array, "*rows D"]:
+        return self.out(ACTIVATIONS[self.activation](self.hidden(x)))
 
 
 def stack(build, layers: int, rngs: nnx.Rngs) -> nnx.Module:

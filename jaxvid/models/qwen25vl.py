@@ -20,6 +20,7 @@ from jaxvid.models import decoder, vision
 from jaxvid.models.family import Family, Place, Places, Reader, decoder_places, refuse
 from jaxvid.models.layers import Compute
 from jaxvid.models.multimodal import Features, Multimodal
+from jaxvid.models.text_config import SLIDING, sliding_window
 
 # Attributes of a Hugging Face config that say nothing about what is computed here, or that are
 # checked to be what they must be (MUST).
@@ -38,7 +39,6 @@ IGNORED = {
         "_name_or_path transformers_version tie_word_embeddings"
     ).split(),
 }
-FULL, SLIDING = "full_attention", "sliding_attention"
 TEXT_NAMES = {
     "layers": "num_hidden_layers",
     "width": "hidden_size",
@@ -190,36 +190,11 @@ def _text(section, problems):
             problems.append(f"rope {name} is {kind!r}; only M-RoPE is supported")
     found["rope_sections"] = tuple(rope.pop("mrope_section", (16, 24, 24)))
     problems += [f"rope attribute {name}={value!r} is not known" for name, value in rope.items()]
-    found["window"] = _window(read, found["layers"])
+    found["window"] = sliding_window(read, found["layers"])
     read.must("hidden_act", "silu")
     read.must("attention_dropout", 0.0)
     read.done(IGNORED["text"])
     return lambda: decoder.Config(**found)
-
-
-def _window(read, layers):
-    """The sliding window of all layers, or 0. By transformers' rule `layer_types` says which layers
-    have one; without it, those from `max_window_layers` on. Both count the token itself, as here.
-    """
-    on, size = read.take("use_sliding_window", False), read.take("sliding_window", 4096)
-    first, kinds = read.take("max_window_layers", 80), read.take("layer_types", None)
-    if kinds is None:
-        slides = on and size is not None
-        kinds = [SLIDING if slides and i >= (first or 0) else FULL for i in range(layers)]
-    if set(kinds) <= {FULL}:
-        return 0
-    if set(kinds) != {SLIDING}:
-        read.problems.append(
-            f"{read.where}layer_types has {sorted(set(kinds))} (use_sliding_window={on}, "
-            f"max_window_layers={first} of {layers}); supported is {FULL!r} on all layers or "
-            f"{SLIDING!r} on all"
-        )
-    elif not on or not size or size < 1:
-        read.problems.append(
-            f"{read.where}layer_types is {SLIDING!r} with use_sliding_window={on} and "
-            f"sliding_window={size}; give use_sliding_window=true and a window of at least 1"
-        )
-    return max(size or 0, 0)
 
 
 def _vision(section, problems):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from jaxvid.batch import VisionBatch
 from jaxvid.models.layers import Compute, GatedMLP, Linear, RMSNorm, scan, stack
@@ -103,20 +103,24 @@ class Merger(nnx.Module):
         return self.out(jax.nn.gelu(self.hidden(x), approximate=False))
 
 
+def normalise(
+    patches: UInt8[Array, "F Q C"], mean: tuple[float, ...], std: tuple[float, ...], dtype: str
+) -> Float[Array, "F Q C"]:
+    """Pixels 0..255 to the distribution a tower was trained on, in `dtype`. `mean` and `std` have a
+    value for each channel; the values of a patch lie channel by channel."""
+    each = patches.shape[-1] // len(mean)
+    spread = lambda x: np.repeat(np.asarray(x, np.float32), each)
+    mean, std = spread(mean), spread(std)
+    x = patches.astype(jnp.float32) * (1 / (255 * std))[None, None] - (mean / std)[None, None]
+    return x.astype(dtype)
+
+
 class Tower(nnx.Module):
     def __init__(self, cfg: Config, compute: Compute, *, rngs: nnx.Rngs):
         self.cfg, self.compute = cfg, compute
         self.embed = Linear((cfg.patch_values,), (cfg.width,), "patch embed", rngs=rngs)
         self.blocks = stack(lambda rngs: Block(cfg, rngs=rngs), cfg.layers, rngs)
         self.merger = Merger(cfg, rngs=rngs)
-
-    def normalise(self, patches: Array) -> Array:
-        """Pixels 0..255 to the distribution the tower was trained on, in the compute dtype."""
-        each = self.cfg.patch_values // self.cfg.channels  # values lie channel by channel
-        std = np.repeat(np.asarray(self.cfg.image_std, np.float32), each)
-        mean = np.repeat(np.asarray(self.cfg.image_mean, np.float32), each)
-        x = patches.astype(jnp.float32) * (1 / (255 * std))[None, None] - (mean / std)[None, None]
-        return x.astype(self.compute.dtype)
 
     def __call__(self, vision: VisionBatch) -> Float[Array, "B P D"]:
         """Merged features of each row, frame-major. Padding gives finite features nobody reads."""
@@ -128,7 +132,9 @@ class Tower(nnx.Module):
                 f"({self.cfg.channels} channels x {self.cfg.temporal} frames x "
                 f"{self.cfg.patch} x {self.cfg.patch}). Patchify with this model's settings."
             )
-        x = self.embed(self.normalise(vision.patches.reshape(B * E, Q, C)))
+        pixels = vision.patches.reshape(B * E, Q, C)
+        x = normalise(pixels, self.cfg.image_mean, self.cfg.image_std, self.compute.dtype)
+        x = self.embed(x)
         coords = vision.coords.reshape(B * E, Q, 2)
         window = vision.window.reshape(B * E, Q)
         full = np.isin(np.arange(self.cfg.layers), self.cfg.full)
