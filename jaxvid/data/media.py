@@ -64,6 +64,7 @@ class Clip(NamedTuple):
 
     frames: UInt8[np.ndarray, "F h w 3"]
     seconds_per_frame: float
+    times: tuple[float, ...] = ()  # of each frame, in seconds from the clip's start; () not known
 
 
 # ---- decoding
@@ -91,7 +92,7 @@ def decode(data: bytes, sampling: Sampling) -> Clip:
         with _open(data) as container:
             pictures, total = _pictures(_stream(container, "video"), wanted)
     frames = _resize([pictures[i] for i in wanted], sampling)
-    return Clip(frames, total / rate / len(wanted))
+    return Clip(frames, total / rate / len(wanted), tuple((wanted / rate).tolist()))
 
 
 def decode_whole(data: bytes, max_pixels: int = 0) -> Clip:
@@ -399,14 +400,17 @@ class FrameCache:
         path = pathlib.Path(self.folder, key[:2], f"{key[2:]}.npy")
         try:
             row = np.load(path, mmap_mode="r")
-            return Clip(row["frames"][0], float(row["seconds"][0]))
+            times = tuple(row["times"][0].tolist())
+            return Clip(row["frames"][0], float(row["seconds"][0]), times)
         except FileNotFoundError:
             clip = decode(data, sampling)
-        except (ValueError, EOFError):  # a file of a full disk
+        except (ValueError, EOFError):  # a file of a full disk, or without times
             clip = decode(data, sampling)
         frames = ("frames", np.uint8, clip.frames.shape)
-        row = np.zeros(1, [("seconds", np.float64), frames])
+        times = ("times", np.float64, (len(clip.times),))
+        row = np.zeros(1, [("seconds", np.float64), times, frames])
         row["frames"][0], row["seconds"][0] = clip.frames, clip.seconds_per_frame
+        row["times"][0] = clip.times
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
             np.save(file, row)

@@ -166,7 +166,8 @@ class Builder:
             frames = np.full_like(frames, GREY)
         patches, grid = media.patchify(frames, vision)
         kind = "video" if decoded.seconds_per_frame else "image"
-        medium = Medium(kind, grid, decoded.seconds_per_frame * vision.temporal)
+        seconds = decoded.seconds_per_frame * vision.temporal
+        medium = Medium(kind, grid, seconds, times=_middles(decoded.times, vision.temporal))
         return Clip(medium, layout.Clip(patches, grid), side)
 
     def tree(
@@ -262,6 +263,13 @@ class Builder:
                 )
         question = None if several else compared[0].prompt
         return self.tree(record.id, clip, question, tuple(branches))
+
+
+def _middles(times: tuple[float, ...], temporal: int) -> tuple[float, ...]:
+    """Of each temporal patch, the mean of its first and last frame's times, in transformers' order
+    of operations. The last frame is repeated to fill a patch, as `media.patchify` does it."""
+    times = (*times, *times[-1:] * (-len(times) % temporal))
+    return tuple((a + b) / 2 for a, b in zip(times[::temporal], times[temporal - 1 :: temporal]))
 
 
 class Clip(NamedTuple):

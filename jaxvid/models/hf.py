@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxvid import sharding
-from jaxvid.models import llava, qwen25vl
+from jaxvid.models import llava, qwen3vl, qwen25vl
 from jaxvid.models.family import Family, Place
 
 SHARD_BYTES = 5 * 2**30  # the hub's size of one safetensors file
@@ -48,7 +48,7 @@ COMPANIONS = (  # what stands beside the weights and is copied by `save`
 )
 
 
-FAMILIES = (qwen25vl.FAMILY, *llava.FAMILIES)
+FAMILIES = (qwen25vl.FAMILY, qwen3vl.FAMILY, *llava.FAMILIES)
 
 
 class Loaded(NamedTuple):
