@@ -133,7 +133,8 @@ def load_model(run: AnyRun, mesh: Mesh) -> hf.Loaded:
 def make_builder(model: str | pathlib.Path, cfg: Any, data: Data) -> pipeline.Builder:
     """What makes the trees of a record for this model: its chat, geometry and positions."""
     prompting = cfg.prompting
-    return pipeline.Builder(chat.Chat(model, prompting.markers), prompting, data)
+    words = chat.Chat(model, prompting.markers)
+    return pipeline.Builder(words, prompting, data, context=cfg.text.max_positions)
 
 
 def resolve(value: Any) -> Any:

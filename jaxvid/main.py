@@ -75,6 +75,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--frames", type=int, help="default: as the model was trained")
     p.add_argument("--height", type=int)
     p.add_argument("--width", type=int)
+    p.add_argument("--sound", action="store_true", help="hear a video as well as see it")
     p.add_argument("--max-tokens", type=int, default=64)
     p = verb("validate", _validate, "read every byte of shards", "runs/shards --media")
     p.add_argument("shards", type=pathlib.Path, nargs="+")
@@ -159,7 +160,7 @@ def _ask(args: argparse.Namespace, rest: list[str]) -> int:
     from flax import nnx
 
     from jaxvid import config
-    from jaxvid.data import media
+    from jaxvid.data import media, pipeline
     from jaxvid.models import hf
     from jaxvid.rollout import sampler
 
@@ -168,8 +169,8 @@ def _ask(args: argparse.Namespace, rest: list[str]) -> int:
     path = args.model / "sampling.json"
     asked = {k: vars(args)[k] for k in ("frames", "height", "width") if vars(args)[k] is not None}
     stored = json.loads(path.read_text()) if path.is_file() else {}
-    decoded = media.decode(args.clip.read_bytes(), media.Sampling(**stored | asked))
-    clip = builder.clip(decoded, str(args.clip))
+    seen = pipeline.Seen(media.Sampling(**stored | asked), sound=args.sound)
+    clip = builder.clip(args.clip.read_bytes(), str(args.clip), seen)
     tree = builder.tree(str(args.clip), clip, args.question, ())
     chat = builder.chat
     how = sampler.Sampling(max_tokens=args.max_tokens, temperature=0.0)

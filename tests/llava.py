@@ -7,9 +7,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxvid.batch import Medium, TokenBatch, VisionBatch
+from jaxvid.batch import TokenBatch, VisionBatch
 from jaxvid.models import decoder, hf, llava, vit
 from jaxvid.models.layers import Compute
+from jaxvid.prompting import Medium
 
 IMAGE, VIDEO = 62, 63
 TEXT = decoder.Config(

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxvid.batch import Medium
 from jaxvid.data import layout
 from jaxvid.data.packing import Budget
 from jaxvid.models import decoder, hf, qwen3_vision, qwen3vl
 from jaxvid.models.layers import Compute
+from jaxvid.prompting import Medium
 
 IMAGE, VIDEO = 4, 5
 TEXT = decoder.Config(
@@ -97,19 +97,6 @@ def fresh(tied=False):
     r = np.random.default_rng(7)  # biases and norms too, so that a lost one shows
     noisy = lambda x: x + 0.2 * r.standard_normal(x.shape).astype(np.float32)
     return hf.Loaded(cfg, graph, jax.tree.map(noisy, hf.initialise(cfg, 0).params))
-
-
-@functools.cache
-def gradient(**settings):
-    """Of a weighted sum of the logits, by the parameters: value and gradient."""
-    graph, _ = hf.abstract(dataclasses.replace(CFG, compute=Compute(**settings)))
-
-    def loss(params, tokens, seen, weight):
-        net = nnx.merge(graph, params)
-        y = net.hidden(tokens, seen).astype(np.float32)
-        return (y @ net.unembedding().T * weight).sum()
-
-    return jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)
 
 
 def model(loaded):

@@ -29,7 +29,7 @@ from qwen import (
     tower,
 )
 
-from jaxvid.models import decoder, hf, qwen25vl
+from jaxvid.models import decoder, hf, qwen25vl, weights
 from jaxvid.models.layers import Compute
 
 # --- transformers is the oracle
@@ -128,7 +128,7 @@ def test_greedy_generation_equals_transformers(oracle):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_folder_round_trip(tied, tmp_path, monkeypatch):
-    monkeypatch.setattr(hf, "SHARD_BYTES", 20_000)  # several files and an index
+    monkeypatch.setattr(weights, "SHARD_BYTES", 20_000)  # several files and an index
     loaded = fresh(tied)
     hf.save(tmp_path / "m", loaded.cfg, loaded.params, dtype="float32")
     hf.save(tmp_path / "m", loaded.cfg, loaded.params, dtype="float32")  # replaces the folder

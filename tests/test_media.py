@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
+import processors
 import pytest
 from PIL import Image
 
@@ -83,7 +84,7 @@ def test_resize_is_pil_bicubic():
 
 
 def test_smart_resize_is_hugging_face_s():
-    pil = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
+    pil = processors.images("qwen2_vl")
     sampling = Sampling(2, 0, 0, max_pixels=28 * 28 * 40, multiple=28)
     for height, width in [(720, 1280), (100, 900), (160, 160), (64, 90), (331, 77)]:
         want = pil.smart_resize(height, width, 28, 1, sampling.max_pixels)
@@ -222,7 +223,7 @@ def test_a_shifted_track_stays_shifted():
 
 
 def test_patches_equal_hugging_face_s():
-    pil = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
+    pil = processors.images("qwen2_vl")
     frame = np.random.default_rng(0).integers(0, 256, (1, 48, 32, 3)).astype(np.uint8)
     patches, grid = media.patchify(frame, TINY)
     process = pil.Qwen2VLImageProcessorPil()
@@ -264,7 +265,7 @@ def test_cache_decodes_once(tmp_path, monkeypatch):
     first = cache.decode(data, sampling)
     other = cache.decode(data, Sampling(2, 16, 16))
 
-    def refuse(data, sampling):
+    def refuse(data, sampling, vision):
         raise AssertionError("decoded again")
 
     monkeypatch.setattr(media, "decode", refuse)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxvid.batch import Placed
 from jaxvid.data import chat, layout, media, pipeline, records, shards
+from jaxvid.prompting import Placed
 
 VISION = media.Vision(patch=4, temporal=2, merge=2, window=16)
 SAMPLING = media.Sampling(frames=4, height=16, width=16)
@@ -348,7 +348,7 @@ def test_what_is_wrong_is_said(world):
         builder(broken, np.random.default_rng(0))
     sound = dataclasses.replace(record.media[0], kind="audio")
     deaf = dataclasses.replace(broken, media=(sound, record.media[1]))
-    with pytest.raises(ValueError, match="record 'a0': media 0 is audio"):
+    with pytest.raises(ValueError, match="a0', media 0: a video came where sound alone"):
         builder(deaf, np.random.default_rng(0))
     with pytest.raises(ValueError, match="2 micro-batches; data.microbatches is 1"):
         take(world, 1, microbatches=1)

@@ -19,8 +19,9 @@ import jax.tree_util
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from jaxvid.batch import AudioBatch, Batch, Branches, Sound, TokenBatch, Vision, VisionBatch
+from jaxvid.batch import AudioBatch, Batch, Branches, TokenBatch, VisionBatch
 from jaxvid.data.packing import Budget, Size, assign
+from jaxvid.prompting import Sound, Vision
 
 Ids = Int[np.ndarray, "n"]
 

@@ -1,62 +1,36 @@
 """Video, images and sound: encoded bytes in, uint8 pixels or float32 samples out, and back.
 
 Pixels stay uint8 up to the device, where the model normalises them: shipping float32 costs four
-times the bytes and, on the host, as much time as decoding. Frames are picked uniformly over the
-clip and resized by PIL's antialiased bicubic, as the Hugging Face processors do.
+times the bytes and, on the host, as much time as decoding. Which frames are taken, how they are
+resized and cut into patches is in `frames`, whose names are also found here; `plan` says what comes
+out before anything is decoded.
 What this leaves out: streaming; a clip is decoded whole.
 """
 
 import dataclasses
 import hashlib
 import io
-import math
 import os
 import pathlib
 import tempfile
 import threading
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
-from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from jaxtyping import Float, Int, UInt8
+from PIL import ExifTags, Image, ImageOps
 
-from jaxvid.batch import Vision
-
-
-class MediaError(ValueError):
-    """Bytes that cannot be decoded, or pixels and samples that cannot be encoded."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """Which frames of a clip are seen, and how large."""
-
-    frames: int = 8  # an even number; with fps, the most that are taken
-    height: int = 48  # exact size in pixels; 0 keeps the aspect (`max_pixels`, `multiple`)
-    width: int = 48
-    fps: float = 0.0  # 0 takes `frames` of any clip; else about fps frames a second, even
-    max_pixels: int = 0  # only where height and width are 0: most pixels of a frame
-    multiple: int = 28  # ... and what the sides are rounded to (patch * merge)
-
-    def __post_init__(self):
-        if self.frames < 1 or (self.frames % 2 and self.frames != 1):
-            raise ValueError(
-                f"Sampling.frames={self.frames}; want an even number (two frames make a temporal "
-                "patch), or 1 for images."
-            )
-        if (self.height == 0) != (self.width == 0):
-            raise ValueError(
-                f"Sampling size {self.height} x {self.width}: give both sides, or 0 for both."
-            )
-        if self.height == 0 and self.max_pixels < self.multiple**2:
-            raise ValueError(
-                f"Sampling.max_pixels={self.max_pixels} with sides of 0; want at least "
-                f"{self.multiple**2}, one token of {self.multiple} x {self.multiple}."
-            )
+from jaxvid.data import boxes
+from jaxvid.data.frames import QWEN as QWEN
+from jaxvid.data.frames import MediaError as MediaError
+from jaxvid.data.frames import Sampling as Sampling
+from jaxvid.data.frames import fit, frame_indices, frame_size, grid, smart_resize
+from jaxvid.data.frames import patchify as patchify
+from jaxvid.prompting import Vision as Vision
 
 
 class Clip(NamedTuple):
@@ -64,35 +38,110 @@ class Clip(NamedTuple):
 
     frames: UInt8[np.ndarray, "F h w 3"]
     seconds_per_frame: float
-    times: tuple[float, ...] = ()  # of each frame, in seconds from the clip's start; () not known
 
 
 # ---- decoding
 
-_IMAGE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")  # RIFF: WebP (AVI is told apart below)
+_IMAGE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff")
 
 
-def decode(data: bytes, sampling: Sampling) -> Clip:
-    """Sampled and resized frames of a clip, or the one frame of an image.
+class Plan(NamedTuple):
+    """What decoding gives, known before a frame is decoded: tokens are counted from it."""
 
-    Frames lie at `linspace(0, frames - 1)` of the clip, a short clip's repeating;
+    kind: Literal["video", "image", "audio"]  # "audio" is sound alone: no frames, a grid of 0
+    indices: Int[np.ndarray, "n"]  # of the frames taken, among all `total` frames
+    total: int
+    rate: float  # frames a second; 0 for an image
+    original: tuple[int, int]  # (height, width) as it is shown: turned upright
+    size: tuple[int, int]  # (height, width) that frames are brought to
+    grid: tuple[int, int, int]  # (time, rows, columns) in patches
+    seconds: float  # from one temporal patch to the next; 0 for an image
+    times: Float[np.ndarray, "t"]  # of the middle of each temporal patch, as Qwen3-VL states them
+    sound: Fraction  # seconds of sound, as `decode_sound` gives it; 0 is none
+
+
+def plan(data: bytes, sampling: Sampling, vision: Vision = QWEN) -> Plan:
+    """Frames, size, grid and seconds of a clip or an image, from its header; no frame is decoded.
+
+    Packets are counted, because headers do not say how many frames they hold (WebM) or count those
+    that an edit list hides (MP4).
+
+    Raises MediaError for bytes that hold neither picture nor sound, are cut off, or whose pictures
+    the sampling does not bring to whole tokens.
+    """
+    if _is_image(data):
+        original = _image_size(data)
+        size = frame_size(*original, sampling, vision)
+        patches = grid(1, *size, vision)
+        once = np.zeros(1, np.int64)
+        return Plan("image", once, 1, 0.0, original, size, patches, 0.0, once / 1, Fraction(0))
+    told, heard = _header(data), _seconds_of_sound(data)
+    if told is None:
+        none = np.zeros(0, np.int64)
+        flat = (0, 0)
+        return Plan("audio", none, 0, 0.0, flat, flat, (0, 0, 0), 0.0, none / 1, heard)
+    indices = frame_indices(told.total, told.rate, sampling)
+    n, t = len(indices), vision.temporal
+    size = frame_size(*told.original, sampling, vision, n)
+    patches = grid(n, *size, vision)
+    last = np.minimum(np.arange(1, patches[0] + 1) * t, n) - 1
+    return Plan(
+        kind="video",
+        indices=indices,
+        total=told.total,
+        rate=told.rate,
+        original=told.original,
+        size=size,
+        grid=patches,
+        seconds=told.total / told.rate / n * t,
+        times=(indices[::t] / told.rate + indices[last] / told.rate) / 2,  # as transformers rounds
+        sound=heard,
+    )
+
+
+def require(told: Plan, kind: Literal["video", "image", "audio"], *, sound: bool = False) -> None:
+    """Raises MediaError if the media is not of this kind, or has no sound where it is wanted."""
+    if told.kind != kind:
+        words = {"video": "a video", "image": "an image", "audio": "sound alone"}
+        raise MediaError(
+            f"{words[told.kind]} came where {words[kind]} is wanted: correct the record's kind, or "
+            f"give it the other media"
+        )
+    if sound and not told.sound:
+        raise MediaError(
+            f"the {kind} has no sound, and sound is wanted: leave it out, or add a track of silence"
+        )
+
+
+def decode(data: bytes, sampling: Sampling, vision: Vision = QWEN) -> Clip:
+    """Sampled and resized frames of a clip, or the one frame of an image, as `plan` says.
+
     `seconds_per_frame` is the clip's duration over the frames taken, as Qwen's processors have it.
 
     Raises MediaError for bytes that hold no picture, are cut off, or do not decode.
     """
-    if data.startswith(_IMAGE_MAGIC) and data[8:12] != b"AVI ":
-        return Clip(_resize([_open_image(data)], sampling), 0.0)
+    if _is_image(data):
+        image = _open_image(data)
+        size = frame_size(image.height, image.width, sampling, vision)
+        return Clip(fit([image], size, vision), 0.0)
+    told, video = _header(data), lambda container: _stream(container, "video")
     with _open(data) as container:
-        stream = _stream(container, "video")
-        rate = _frame_rate(stream)
-        wanted = frame_indices(stream.frames or _count(data), rate, sampling)
-        pictures, total = _pictures(stream, wanted)
-    if total <= wanted[-1]:  # the header counts frames that an edit list cuts
-        wanted = frame_indices(total, rate, sampling)
+        stream = video(container)
+        indices = frame_indices(told.total, told.rate, sampling)
+        pictures, total = _pictures(stream, indices)
+    if total != told.total:  # packets without a frame, or with two; as many frames are taken
+        indices = np.linspace(0, total - 1, len(indices)).round().astype(np.int64)
         with _open(data) as container:
-            pictures, total = _pictures(_stream(container, "video"), wanted)
-    frames = _resize([pictures[i] for i in wanted], sampling)
-    return Clip(frames, total / rate / len(wanted), tuple((wanted / rate).tolist()))
+            pictures, total = _pictures(video(container), indices)
+    first = pictures[int(indices[0])]
+    if (first.height, first.width) != told.original:
+        raise MediaError(
+            f"frames are {first.height} x {first.width} pixels, and the header says "
+            f"{told.original[0]} x {told.original[1]}: write the clip again"
+        )
+    size = frame_size(*told.original, sampling, vision, len(indices))
+    frames = fit([pictures[i] for i in indices], size, vision)
+    return Clip(frames, told.total / told.rate / len(indices))
 
 
 def decode_whole(data: bytes, max_pixels: int = 0) -> Clip:
@@ -106,19 +155,35 @@ def decode_whole(data: bytes, max_pixels: int = 0) -> Clip:
         raise MediaError("no frame of the video decodes")
     width, height = pictures[0].size
     if max_pixels and width * height > max_pixels:
-        sampling = Sampling(2, 0, 0, max_pixels=max_pixels, multiple=2)
-        frames = _resize(pictures, sampling)
+        frames = fit(pictures, smart_resize(height, width, 2, 0, max_pixels))
     else:
         frames = np.stack([np.asarray(p)[: height // 2 * 2, : width // 2 * 2] for p in pictures])
     return Clip(frames, 1 / rate)
 
 
-def frame_indices(total: int, rate: float, sampling: Sampling) -> np.ndarray:
-    """Indices of the frames seen, of a clip of `total` frames at `rate` frames a second."""
-    n = sampling.frames
-    if sampling.fps > 0:
-        n = max(2, min(n, math.floor(total / rate * sampling.fps), total) // 2 * 2)
-    return np.linspace(0, total - 1, n).round().astype(np.int64)
+class _Header(NamedTuple):
+    total: int  # frames that are shown
+    rate: float  # a second
+    original: tuple[int, int]  # (height, width), upright
+
+
+def _header(data: bytes) -> _Header | None:
+    """What the container says of its pictures; None where it holds sound alone."""
+    with _open(data) as container:
+        stream = _find(container, "video")
+        if stream is None:
+            _stream(container, "audio")  # an error where there is neither
+            return None
+        rate = _frame_rate(stream)
+        shown = stream.codec_context.height, stream.codec_context.width
+        if boxes.quarter_turns(data, stream.id) % 2:  # phones film sideways
+            shown = shown[::-1]
+        # An edit list has frames decoded that are thrown away: their packets say so.
+        packets = container.demux(stream)
+        total = sum(p.size > 0 and not p.is_discard for p in packets)
+    if not total or not min(shown):
+        raise MediaError(f"video of {total} frames of {shown[0]} x {shown[1]}; want at least one")
+    return _Header(total, rate, shown)
 
 
 def _frame_rate(stream: av.VideoStream) -> float:
@@ -126,15 +191,6 @@ def _frame_rate(stream: av.VideoStream) -> float:
     if not rate:
         raise MediaError("the video states no frame rate; write it to MP4 with one")
     return float(rate)
-
-
-def _count(data: bytes) -> int:
-    """Frames of a container whose header does not count them (WebM, MPEG-TS)."""
-    with _open(data) as container:
-        count = sum(p.size > 0 for p in container.demux(_stream(container, "video")))
-    if not count:
-        raise MediaError("video of 0 frames; want at least one")
-    return count
 
 
 def _pictures(stream: av.VideoStream, wanted: np.ndarray) -> tuple[dict[int, Image.Image], int]:
@@ -158,7 +214,7 @@ def _decoded(stream: av.VideoStream, keep: set[int] | None) -> Iterator[Image.Im
                 yield None
                 continue
             rgb = _reformatter().reformat(frame, format="rgb24", threads=1).to_ndarray()
-            upright = np.rot90(rgb, frame.rotation // 90)  # phones film sideways
+            upright = np.rot90(rgb, round(frame.rotation / 90))  # phones film sideways
             yield Image.fromarray(np.ascontiguousarray(upright))
     except av.error.FFmpegError as error:
         raise MediaError(f"video does not decode after frame {index}: {error}") from error
@@ -179,40 +235,18 @@ def _reformatter() -> VideoReformatter:
         return _LOCAL.reformatter
 
 
-def _resize(pictures: list[Image.Image], sampling: Sampling) -> np.ndarray:
-    width, height = pictures[0].size
-    to = frame_size(height, width, sampling)
-    size = (to[1], to[0])
-    same = [p if p.size == size else p.resize(size, Image.Resampling.BICUBIC) for p in pictures]
-    return np.stack([np.asarray(p) for p in same])
-
-
-def frame_size(height: int, width: int, sampling: Sampling) -> tuple[int, int]:
-    """(height, width) that a frame is resized to: the exact size asked for, or `smart_resize`.
-
-    `smart_resize` (Qwen's): sides rounded to `multiple`, at most `max_pixels`, aspect kept.
-    """
-    if sampling.height:
-        return sampling.height, sampling.width
-    m = sampling.multiple
-    h, w = max(m, round(height / m) * m), max(m, round(width / m) * m)
-    if h * w > sampling.max_pixels:
-        shrink = math.sqrt(height * width / sampling.max_pixels)
-        h = max(m, math.floor(height / shrink / m) * m)
-        w = max(m, math.floor(width / shrink / m) * m)
-    return h, w
-
-
 def decode_sound(data: bytes, rate: int = 16000) -> Float[np.ndarray, " n"] | None:
     """The sound as mono float32 at `rate`, or None for a clip without sound.
 
     Samples lie where their time stamps put them (a shifted track stays shifted), and where there is
-    video the result is as long as the video.
+    video the result is as long as the video: `Plan.sound` seconds.
     """
+    if _is_image(data):
+        return None
     with _open(data) as container:
-        if not container.streams.audio:
+        stream = _find(container, "audio")
+        if stream is None:
             return None
-        stream = container.streams.audio[0]
         native, chunks, end = stream.codec_context.sample_rate, [], 0
         try:
             for frame in container.decode(stream):
@@ -221,17 +255,28 @@ def decode_sound(data: bytes, rate: int = 16000) -> Float[np.ndarray, " n"] | No
                 end = max(end, start + frame.samples)
         except av.error.FFmpegError as error:
             raise MediaError(f"sound does not decode after {end} samples: {error}") from error
-        seconds = Fraction(end, native)
-        if container.streams.video:
-            video = container.streams.video[0]
-            if video.duration:
-                seconds = video.duration * video.time_base
+    seconds = _seconds_of_sound(data)
     placed = np.zeros(max(round(seconds * native), 1), np.float32)
     for start, samples in chunks:
         a, b = max(start, 0), min(start + len(samples), len(placed))
         if a < b:
             placed[a:b] = samples[a - start : b - start]
     return _resample(placed, native, rate, round(seconds * rate))
+
+
+def _seconds_of_sound(data: bytes) -> Fraction:
+    """As long as the video or, without one, to the end of the last packet of sound; 0: none."""
+    with _open(data) as container:
+        sound, video = _find(container, "audio"), _find(container, "video")
+        if sound is None:
+            return Fraction(0)
+        if video is not None and video.duration:
+            return video.duration * video.time_base
+        if video is None:
+            times = [(p.pts or 0) + (p.duration or 0) for p in container.demux(sound)]
+            return max([*times, 0]) * sound.time_base
+    told = _header(data)  # WebM does not say how long its tracks are
+    return told.total / Fraction(told.rate).limit_denominator(100_000)
 
 
 def _mono(frame: av.AudioFrame) -> np.ndarray:
@@ -251,39 +296,56 @@ def _resample(x: np.ndarray, native: int, rate: int, length: int) -> np.ndarray:
     return np.pad(x[:length], (0, max(0, length - len(x))))
 
 
+def _is_image(data: bytes) -> bool:
+    webp = data.startswith(b"RIFF") and data[8:12] == b"WEBP"
+    return webp or data.startswith(_IMAGE_MAGIC)
+
+
 def _open_image(data: bytes) -> Image.Image:
+    """Upright, and what is transparent on white, as transformers has it."""
     try:
-        return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise MediaError(f"{len(data)} bytes are not a readable image: {error}") from error
+
+
+def _image_size(data: bytes) -> tuple[int, int]:
+    """(height, width) of an image as it is shown, from its header."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            sideways = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return image.size if sideways else image.size[::-1]
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise MediaError(f"{len(data)} bytes are not a readable image: {error}") from error
 
 
 def _open(data: bytes) -> av.container.InputContainer:
-    _check_whole(data)
+    needed = boxes.length(data)
+    if needed > len(data):  # it would decode, shorter
+        raise MediaError(f"clip is cut off: {len(data)} bytes, its boxes need {needed}")
     try:
         return av.open(io.BytesIO(data), mode="r", metadata_errors="ignore")
     except (av.error.FFmpegError, ValueError) as error:
         raise MediaError(f"{len(data)} bytes are not a readable clip: {error}") from error
 
 
+def _find(container: av.container.InputContainer, kind: str):
+    """The first stream of a kind, or None. A cover picture of a sound file is no video."""
+    cover = av.stream.Disposition.attached_pic
+    found = (s for s in container.streams if s.type == kind and cover not in s.disposition)
+    return next(found, None)
+
+
 def _stream(container: av.container.InputContainer, kind: str):
-    streams = [s for s in container.streams if s.type == kind]
-    if not streams:
+    stream = _find(container, kind)
+    if stream is None:
         kinds = [s.type for s in container.streams]
         raise MediaError(f"no {kind} in the clip; its streams are {kinds}")
-    return streams[0]
-
-
-def _check_whole(data: bytes) -> None:
-    """An MP4 that was cut off would decode, shorter: its boxes say how long it should be."""
-    at = 0
-    while data[4:8] == b"ftyp" and at + 8 <= len(data):
-        size = int.from_bytes(data[at : at + 4], "big")
-        if size == 1:  # a 64-bit size follows the name
-            size = int.from_bytes(data[at + 8 : at + 16], "big")
-        at += size or len(data) - at  # 0: to the end of the file
-        if at > len(data) or 0 < size < 8:
-            raise MediaError(f"clip is cut off: {len(data)} bytes, its boxes need {at}")
+    return stream
 
 
 # ---- encoding
@@ -348,37 +410,6 @@ def _audio_frame(samples: np.ndarray, rate: int) -> av.AudioFrame:
     return frame
 
 
-# ---- patches
-
-
-def patchify(
-    frames: UInt8[np.ndarray, "F h w 3"], vision: Vision
-) -> tuple[UInt8[np.ndarray, "E Q C"], tuple[int, int, int]]:
-    """Patches of each temporal patch in merge order, and the grid (time, rows, columns) of patches.
-
-    A patch's numbers lie in the order channel, frame, row, column; both orders are Hugging Face's.
-    A clip that does not fill its last temporal patch repeats its last frame.
-
-    Raises MediaError if the frames do not divide into merged patches.
-    """
-    count, height, width, _ = frames.shape
-    side = vision.patch * vision.merge
-    if height % side or width % side or not count:
-        raise MediaError(
-            f"frames {frames.shape} do not divide into tokens of {side} x {side} pixels (patch "
-            f"{vision.patch}, merge {vision.merge}): set Sampling.height and width to multiples"
-        )
-    short = -count % vision.temporal
-    if short:
-        frames = np.concatenate([frames, np.repeat(frames[-1:], short, axis=0)])
-    t, m, p = vision.temporal, vision.merge, vision.patch
-    e, r, c = len(frames) // t, height // side, width // side
-    x = frames.reshape(e, t, r, m, p, c, m, p, 3)
-    # E time, row, row in merge, y, column, column in merge, x, channel
-    x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
-    return x.reshape(e, r * m * c * m, 3 * t * p * p), (e, r * m, c * m)
-
-
 # ---- cache
 
 
@@ -386,31 +417,29 @@ def patchify(
 class FrameCache:
     """Decoded clips on disk, so that a data set is decoded once and not once an epoch.
 
-    A file is named by the hash of the clip's bytes and the sampling, and read by memory map; it is
-    written under another name and renamed, so processes may share the folder. None keeps nothing.
+    A file is named by the hash of the clip's bytes, the sampling and the model's geometry, and read
+    by memory map; it is written under another name and renamed, so processes may share the folder.
+    None keeps nothing.
     """
 
     folder: str | None
 
-    def decode(self, data: bytes, sampling: Sampling) -> Clip:
+    def decode(self, data: bytes, sampling: Sampling, vision: Vision = QWEN) -> Clip:
         """`decode`, or what it gave before."""
         if not self.folder:
-            return decode(data, sampling)
-        key = hashlib.sha256(data + repr(sampling).encode()).hexdigest()
+            return decode(data, sampling, vision)
+        key = hashlib.sha256(data + repr((sampling, vision)).encode()).hexdigest()
         path = pathlib.Path(self.folder, key[:2], f"{key[2:]}.npy")
         try:
             row = np.load(path, mmap_mode="r")
-            times = tuple(row["times"][0].tolist())
-            return Clip(row["frames"][0], float(row["seconds"][0]), times)
+            return Clip(row["frames"][0], float(row["seconds"][0]))
         except FileNotFoundError:
-            clip = decode(data, sampling)
-        except (ValueError, EOFError):  # a file of a full disk, or without times
-            clip = decode(data, sampling)
+            clip = decode(data, sampling, vision)
+        except (ValueError, EOFError):  # a file of a full disk
+            clip = decode(data, sampling, vision)
         frames = ("frames", np.uint8, clip.frames.shape)
-        times = ("times", np.float64, (len(clip.times),))
-        row = np.zeros(1, [("seconds", np.float64), times, frames])
+        row = np.zeros(1, [("seconds", np.float64), frames])
         row["frames"][0], row["seconds"][0] = clip.frames, clip.seconds_per_frame
-        row["times"][0] = clip.times
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
             np.save(file, row)

@@ -16,10 +16,11 @@ import numpy as np
 from absl import flags
 from jaxtyping import UInt8
 
-from jaxvid.batch import Batch, Medium, Prompting
-from jaxvid.data import layout, media, records, shards
+from jaxvid.batch import Batch
+from jaxvid.data import layout, media, records, shards, sound
 from jaxvid.data.chat import Chat
 from jaxvid.data.layout import Branch, Tree
+from jaxvid.prompting import Medium, Prompting
 
 SUPERVISED = ("sft", "choice", "caption")  # tasks whose `answer` responses are imitated
 GREY = 128  # a blank clip's pixels
@@ -38,6 +39,7 @@ class Data:
     sampling: media.Sampling = media.Sampling()
     workers: int = 0  # processes that decode; 0 is a thread of this one
     cache: str = ""  # folder of decoded frames; "" decodes every time
+    sound: bool = False  # clips are heard as well, by a family that can
     questions: int = 0  # most supervised questions per clip, drawn anew each epoch; 0 is all
     blank: float = 0.0  # chance that a record's clips are shown as plain grey
     microbatches: int = 0  # per update; 0 is as many as needed, up to the next power of two
@@ -60,6 +62,15 @@ class Data:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """How a clip is taken where there is no data set: the part of `Data` that says so."""
+
+    sampling: media.Sampling
+    sound: bool = False
+    cache: str = ""
+
+
 class Prompts(NamedTuple):
     """One policy question: a tree per clip (real, then counterfactual) and what it asks of each."""
 
@@ -79,6 +90,7 @@ class Builder:
     frames: Callable[[UInt8[np.ndarray, "F h w 3"], str], UInt8[np.ndarray, "F h w 3"]] | None = (
         None
     )
+    context: int = 0  # most tokens of a prompt that the model can take; 0 is not known
 
     def __call__(self, record: records.Record, rng: np.random.Generator) -> list[Tree]:
         """The trees to train on: one per clip and, where supervised and preference mix, per task.
@@ -139,36 +151,73 @@ class Builder:
         if side < 0:
             return Clip(None, None, side)
         item = record.media[side]
-        if item.kind not in self.prompting.markers:
-            raise ValueError(
-                f"record {record.id!r}: media {side} is {item.kind}, which this model does not "
-                f"take; use records with {' or '.join(self.prompting.markers)}"
-            )
-        cache = media.FrameCache(self.data.cache or None)
+        how = {"kind": item.kind, "side": side, "blank": blank}
         try:
-            decoded = cache.decode(item.data, self.data.sampling)
+            return self.clip(item.data, record.id, self.data, **how)
         except media.MediaError as error:
             raise media.MediaError(f"record {record.id!r}, media {side}: {error}") from error
-        clip = self.clip(decoded, record.id, side=side, blank=blank)
-        if clip.medium.kind != item.kind:
-            raise ValueError(
-                f"record {record.id!r}: media {side} is named {item.kind} and its bytes are "
-                f"{clip.medium.kind}; name it what it is"
-            )
-        return clip
 
-    def clip(self, decoded: media.Clip, name: str, *, side: int = 0, blank: bool = False) -> "Clip":
-        """A decoded clip or image, cut into patches; `name` seeds what is done to its frames."""
-        frames, vision = decoded.frames, self.prompting.vision
+    def clip(
+        self,
+        data: bytes,
+        name: str,
+        how: Data | Seen,
+        *,
+        kind: str = "",
+        side: int = 0,
+        blank: bool = False,
+    ) -> "Clip":
+        """A medium from its bytes; its tokens are counted before a frame is decoded.
+
+        `kind` is what it must be, "" anything. `name` is for errors, and seeds what is done to its
+        frames. Raises ValueError where the model cannot take it, MediaError where it is broken.
+        """
+        family, where = self.prompting, f"record {name!r}, media {side}"
+        told = media.plan(data, how.sampling, family.vision)
+        if kind:
+            media.require(told, kind, sound=how.sound and kind == "video")
+        if told.kind not in family.markers:
+            raise ValueError(
+                f"{where} is {told.kind}, which this model does not take; use records with "
+                f"{' or '.join(family.markers)}"
+            )
+        if how.sound and family.sound is None:
+            raise ValueError(
+                f"{where}: data.sound is set, and this model does not hear; unset it, or use a "
+                "model with an audio tower"
+            )
+        heard = family.sound is not None and bool(told.sound) and (how.sound or not told.rate)
+        frames = sound.mel_frames(round(told.sound * family.sound.rate)) if heard else 0
+        times = tuple(told.times.tolist())
+        medium = Medium(told.kind, told.grid, told.seconds, frames, told.original, times)
+        self._check_length(where, medium)
+        patches = chunks = lengths = None
+        if told.kind != "audio":
+            patches = self._patches(data, name, how, blank)
+        if heard:
+            samples = media.decode_sound(data, family.sound.rate)
+            chunks, lengths = sound.chunks(samples, family.sound)
+        return Clip(medium, layout.Clip(patches, told.grid, chunks, lengths), side)
+
+    def _patches(self, data: bytes, name: str, how: Data | Seen, blank: bool):
+        cache, vision = media.FrameCache(how.cache or None), self.prompting.vision
+        frames = cache.decode(data, how.sampling, vision).frames
         if self.frames is not None:
             frames = self.frames(np.asarray(frames), name)
         if blank:
             frames = np.full_like(frames, GREY)
-        patches, grid = media.patchify(frames, vision)
-        kind = "video" if decoded.seconds_per_frame else "image"
-        seconds = decoded.seconds_per_frame * vision.temporal
-        medium = Medium(kind, grid, seconds, times=_middles(decoded.times, vision.temporal))
-        return Clip(medium, layout.Clip(patches, grid), side)
+        return media.patchify(frames, vision)[0]
+
+    def _check_length(self, where: str, medium: Medium) -> None:
+        """Raise ValueError if the medium alone is longer than the model's context."""
+        placed = self.prompting.expand(medium, self.chat.encode).ids
+        if self.context and len(placed) >= self.context:
+            raise ValueError(
+                f"{where} is {len(placed)} tokens (a grid of {medium.grid} patches, {medium.sound} "
+                f"log-mel frames); the model's context is {self.context}. Take fewer frames "
+                "(sampling.frames, sampling.fps), smaller ones (sampling.height and width, "
+                "max_pixels, total_pixels), or a shorter clip."
+            )
 
     def tree(
         self, name: str, clip: "Clip", question: str | None, branches: tuple[Branch, ...]
@@ -263,13 +312,6 @@ class Builder:
                 )
         question = None if several else compared[0].prompt
         return self.tree(record.id, clip, question, tuple(branches))
-
-
-def _middles(times: tuple[float, ...], temporal: int) -> tuple[float, ...]:
-    """Of each temporal patch, the mean of its first and last frame's times, in transformers' order
-    of operations. The last frame is repeated to fill a patch, as `media.patchify` does it."""
-    times = (*times, *times[-1:] * (-len(times) % temporal))
-    return tuple((a + b) / 2 for a, b in zip(times[::temporal], times[temporal - 1 :: temporal]))
 
 
 class Clip(NamedTuple):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from jaxvid.batch import Medium, Placed, Vision
+from jaxvid.prompting import Medium, Placed, Vision
 
 Size = tuple[int, int]
 

@@ -8,7 +8,7 @@ a frozen dataclass with
     from_hf(dict)        reads a config.json; every attribute is read or named as ignored, and all
                          that is wrong is in one ValueError (`Reader` helps)
     to_hf() -> dict      the config.json that transformers reads
-    prompting            what data preparation needs of the family (`batch.Prompting`)
+    prompting            what data preparation needs of the family (`prompting.Prompting`)
 """
 
 import dataclasses

@@ -9,9 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import pathlib
-import re
 import shutil
 import tempfile
 from typing import Any, NamedTuple
@@ -19,17 +17,14 @@ from typing import Any, NamedTuple
 import jax
 import ml_dtypes
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxvid import sharding
-from jaxvid.models import llava, qwen3vl, qwen25vl
-from jaxvid.models.family import Family, Place
+from jaxvid.models import llava, omni, qwen3vl, qwen25vl, weights
+from jaxvid.models.family import Family
 
-SHARD_BYTES = 5 * 2**30  # the hub's size of one safetensors file
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 IGNORED_TENSORS = (r".*rotary_emb\.inv_freq", r".*rotary_pos_emb\.inv_freq")
 COMPANIONS = (  # what stands beside the weights and is copied by `save`
@@ -48,7 +43,7 @@ COMPANIONS = (  # what stands beside the weights and is copied by `save`
 )
 
 
-FAMILIES = (qwen25vl.FAMILY, qwen3vl.FAMILY, *llava.FAMILIES)
+FAMILIES = (qwen25vl.FAMILY, qwen3vl.FAMILY, omni.FAMILY, *llava.FAMILIES)
 
 
 class Loaded(NamedTuple):
@@ -145,113 +140,44 @@ def _leaves(params: nnx.State) -> list[tuple[tuple[str, ...], nnx.Variable]]:
     return [(_path(key_path), v) for key_path, v in leaves]
 
 
-def _stored_shape(place: Place, shape: tuple[int, ...]) -> tuple[int, int]:
-    """(first axis, the rest flat) of the stored tensor of one layer's weight."""
-    if place.inputs:
-        outputs, inputs = math.prod(shape[place.inputs :]), math.prod(shape[: place.inputs])
-        return outputs * place.parts, inputs
-    if place.name.endswith(".bias"):
-        return math.prod(shape) * place.parts, 1
-    return shape[0], math.prod(shape[1:])
-
-
-def _to_stored(x: np.ndarray, place: Place) -> np.ndarray:
-    if not place.inputs:
-        return x.reshape(-1) if place.name.endswith(".bias") else x
-    return x.reshape(math.prod(x.shape[: place.inputs]), -1).T
-
-
-class Files:
-    """The tensors of a folder by hub name; reads only what is asked for."""
-
-    def __init__(self, folder: pathlib.Path, family: Family, stack: contextlib.ExitStack):
-        self.handles: dict[str, tuple[Any, str]] = {}
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(f"{folder} has no .safetensors file; convert the model first")
-        for file in files:
-            handle = stack.enter_context(safetensors.safe_open(file, "numpy"))
-            self.handles |= {family.hub_name(key): (handle, key) for key in handle.keys()}
-
-    def shape(self, name: str) -> tuple[int, int]:
-        handle, key = self.handles[name]
-        first, *rest = handle.get_slice(key).get_shape()
-        return first, math.prod(rest)
-
-    def block(self, name: str, rows: slice, columns: slice) -> np.ndarray:
-        handle, key = self.handles[name]
-        stored = handle.get_slice(key)
-        if len(stored.get_shape()) == 2:
-            return stored[rows, columns]
-        x = stored[rows]
-        return x.reshape(x.shape[0], -1)[:, columns]
-
-    def weight(self, place: Place, shape: tuple[int, ...], index: tuple[slice, ...], layer: int):
-        """`weight[index]` of a weight of `shape`, reading no row or column outside it."""
-        name = place.name.format(layer)
-        n = place.inputs
-        first, rest = _stored_shape(place, shape)
-        if not n:
-            offset = place.part * (first // place.parts)
-            rows = slice(offset, offset + first // place.parts)
-            return self.block(name, rows, slice(0, rest)).reshape(shape)[index]
-        bounds = [s.indices(d)[:2] for s, d in zip(index, shape)]
-        (i0, i1), (o0, o1) = bounds[0], bounds[n]
-        per_in, per_out = rest // shape[0], first // place.parts // shape[n]
-        offset = place.part * (first // place.parts)
-        rows = slice(offset + o0 * per_out, offset + o1 * per_out)
-        x = self.block(name, rows, slice(i0 * per_in, i1 * per_in)).T
-        x = x.reshape(i1 - i0, *shape[1:n], o1 - o0, *shape[n + 1 :])
-        return x[tuple(slice(None) if a in (0, n) else s for a, s in enumerate(index))]
-
-
-def _check(files: Files, where: dict, leaves: list, ignored: tuple[str, ...]) -> None:
-    """Raise one ValueError naming every tensor that is missing, misshapen or not mapped."""
-    problems, used = [], set()
-    for path, v in leaves:
-        place = where[path]
-        stacked = "{}" in place.name
-        for i in range(v.shape[0] if stacked else 1):
-            used.add(name := place.name.format(i))
-            wanted = _stored_shape(place, v.shape[1:] if stacked else v.shape)
-            if name not in files.handles:
-                problems.append(f"{name} is missing (weight {'.'.join(path)})")
-            elif (got := files.shape(name)) != wanted:
-                problems.append(f"{name} has shape {got}; {'.'.join(path)} wants {wanted}")
-    for name in sorted(set(files.handles) - used):
-        if not any(re.fullmatch(pattern, name) for pattern in ignored):
-            problems.append(f"{name} is in the files and this model has no place for it")
-    if problems:
-        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if problems[20:] else [])
-        raise ValueError("the weights do not fit config.json:\n  " + "\n  ".join(shown))
+def _slices(bounds: tuple[tuple[int, int], ...]) -> tuple[slice, ...]:
+    return tuple(slice(*b) for b in bounds)
 
 
 def load(folder: str | pathlib.Path, *, mesh: Mesh | None = None, dtype: str = "float32") -> Loaded:
-    """Read a model folder. On a mesh the weights come sharded, and no host reads all of them."""
+    """Read a model folder. On a mesh the weights come sharded, and no host reads all of them.
+
+    Raises ValueError naming all that is wrong: with config.json, or else with files and tensors.
+    """
     cfg = read_config(folder)
     family, (graph, shapes) = family_of(cfg), abstract(cfg)
-    where, leaves = family.places(cfg), _leaves(shapes)
+    where, each = family.places(cfg), {path: v.shape for path, v in _leaves(shapes)}
     # A tied model's files may hold its table twice.
     ignored = IGNORED_TENSORS + family.ignored + ((r".*lm_head\.weight",) if cfg.tied else ())
     with contextlib.ExitStack() as stack:
-        files = Files(pathlib.Path(folder), family, stack)
-        _check(files, where, leaves, ignored)
+        files = weights.Files(pathlib.Path(folder), family.hub_name, stack)
+        weights.check(files, where, each, ignored)
 
         def read(path, shape, index):
-            place = where[path]
+            place, kind = where[path], DTYPES[dtype]
             if "{}" not in place.name:
-                return files.weight(place, shape, index, 0).astype(DTYPES[dtype])
+                return files.weight(place, shape, index, 0).astype(kind)
             layers = range(*index[0].indices(shape[0]))
-            each = [files.weight(place, shape[1:], index[1:], i) for i in layers]
-            return np.stack([x.astype(DTYPES[dtype]) for x in each])
+            sizes = (len(range(*s.indices(d))) for s, d in zip(index[1:], shape[1:]))
+            out = np.empty((len(layers), *sizes), kind)
+            for i, layer in enumerate(layers):  # one layer at a time in the files' own type
+                out[i] = files.weight(place, shape[1:], index[1:], layer)
+            return out
 
         def whole(key_path, v):
             index = tuple(slice(0, d) for d in v.shape)
             return v.replace(jax.numpy.asarray(read(_path(key_path), v.shape, index)))
 
         def sharded(key_path, v, s):
-            fetch = lambda index: read(_path(key_path), v.shape, index)
-            return v.replace(jax.make_array_from_callback(v.shape, s.get_value(), fetch))
+            # Devices that hold the same piece share one reading of it.
+            fetch = functools.cache(lambda *bounds: read(_path(key_path), v.shape, _slices(bounds)))
+            piece = lambda index: fetch(*(s.indices(d)[:2] for s, d in zip(index, v.shape)))
+            return v.replace(jax.make_array_from_callback(v.shape, s.get_value(), piece))
 
         is_weight = lambda v: isinstance(v, nnx.Variable)
         if mesh is None:
@@ -276,41 +202,11 @@ def _tensors(cfg: Any, params: nnx.State, dtype: str):
                 x = x[i] if "{}" in name else x
                 if not x.is_fully_addressable:
                     x = multihost_utils.process_allgather(x, tiled=True)
-                stored.append(_to_stored(np.asarray(x).astype(DTYPES[dtype]), place))
+                stored.append(weights.to_stored(np.asarray(x).astype(DTYPES[dtype]), place))
             x = np.concatenate(stored)
             if pieces[0][0].stored:
                 x = x.reshape(-1, *pieces[0][0].stored)
             yield name.format(i), np.ascontiguousarray(x)
-
-
-def _write_weights(folder: pathlib.Path, tensors) -> None:
-    """safetensors files of at most SHARD_BYTES, and an index if there are several."""
-    names, total, shard, size = [], 0, {}, 0
-
-    def flush():
-        file = folder / f"part-{len(names):05d}.safetensors"
-        file.touch()  # with the rights of a new file; safetensors gives them to the owner alone
-        mode = file.stat().st_mode
-        safetensors.numpy.save_file(shard, file, metadata={"format": "pt"})
-        file.chmod(mode)
-        names.append((file, list(shard)))
-
-    for name, x in tensors:
-        if shard and size + x.nbytes > SHARD_BYTES:
-            flush()
-            shard, size = {}, 0
-        shard[name] = x
-        size, total = size + x.nbytes, total + x.nbytes
-    flush()
-    if len(names) == 1:
-        names[0][0].rename(folder / "model.safetensors")
-        return
-    index = {"metadata": {"total_size": total}, "weight_map": {}}
-    for i, (file, keys) in enumerate(names, 1):
-        final = f"model-{i:05d}-of-{len(names):05d}.safetensors"
-        file.rename(folder / final)
-        index["weight_map"] |= dict.fromkeys(keys, final)
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
 def save(
@@ -343,7 +239,7 @@ def save(
 
 
 def _write_folder(part: pathlib.Path, cfg: Any, tensors, like, dtype: str) -> None:
-    _write_weights(part, tensors)
+    weights.write(part, tensors)
     config = cfg.to_hf() | {"dtype": dtype}
     (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in COMPANIONS:

@@ -23,12 +23,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxvid.batch import AudioBatch, Vision, VisionBatch
+from jaxvid.batch import AudioBatch, VisionBatch
 from jaxvid.models import decoder, text_config, vit
 from jaxvid.models.anyres import Prompting
 from jaxvid.models.family import Family, Place, Places, Reader, decoder_places, refuse
 from jaxvid.models.layers import MLP, Compute
 from jaxvid.models.multimodal import Features, Multimodal
+from jaxvid.prompting import Vision
 
 IGNORED = {  # of config.json: for the processor, or of models that this is not
     "": [

@@ -8,19 +8,20 @@ others (published configs switch them off).
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
-from jaxvid.batch import AudioBatch, Medium, Placed, Vision, VisionBatch
+from jaxvid.batch import AudioBatch, VisionBatch
 from jaxvid.models import decoder, vision
 from jaxvid.models.family import Family, Place, Places, Reader, decoder_places, refuse
 from jaxvid.models.layers import Compute
 from jaxvid.models.multimodal import Features, Multimodal
 from jaxvid.models.text_config import SLIDING, sliding_window
+from jaxvid.prompting import Medium, Placed, Vision
 
 # Attributes of a Hugging Face config that say nothing about what is computed here, or that are
 # checked to be what they must be (MUST).
@@ -111,7 +112,7 @@ class Config:
         if (family := top.pop("model_type", None)) not in FAMILY.model_types:
             problems.append(f"model_type is {family!r}; wanted is {FAMILY.name!r}")
         policy = top.pop("jaxvid", {})
-        vision_cfg = _vision(top.pop("vision_config", {}), problems)
+        vision_cfg = read_vision(top.pop("vision_config", {}), problems)
         text = dict(top.pop("text_config", {}))
         tied = top.pop("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
         tokens = {}
@@ -121,13 +122,12 @@ class Config:
                 tokens[name] = found[0]
         for name in IGNORED[""]:
             top.pop(name, None)
-        text_cfg = _text({**top, **text}, problems)
+        text_cfg = read_text({**top, **text}, problems)
         refuse(problems)
         return cls(text=text_cfg(), vision=vision_cfg(), tied=bool(tied), **tokens, **policy)
 
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` that transformers reads."""
-        text, tower = self.text, self.vision
         tokens = {
             "image_token_id": self.image_token_id,
             "video_token_id": self.video_token_id,
@@ -137,33 +137,13 @@ class Config:
             "eos_token_id": self.eos_token_id,
             "pad_token_id": self.pad_token_id,
         }
-        text_config = {hf: getattr(text, ours) for ours, hf in TEXT_NAMES.items()} | {
+        text_config = write_text(self.text) | {
             "model_type": "qwen2_5_vl_text",
-            "hidden_act": "silu",
-            "max_position_embeddings": text.max_positions,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": text.rope_theta,
-                "mrope_section": list(text.rope_sections),
-            },
             "tie_word_embeddings": self.tied,
         }
-        if text.window:
-            text_config |= {
-                "use_sliding_window": True,
-                "sliding_window": text.window,
-                "max_window_layers": 0,
-                "layer_types": [SLIDING] * text.layers,
-            }
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             text_config[name] = tokens[name]  # transformers looks for them in the text section
-        vision_config = {hf: getattr(tower, ours) for ours, hf in VISION_NAMES.items()} | {
-            "model_type": "qwen2_5_vl_vision",
-            "hidden_act": "silu",
-            "in_channels": tower.channels,
-            "fullatt_block_indexes": list(tower.full),
-            "rope_parameters": {"rope_type": "axial", "rope_theta": tower.rope_theta},
-        }
+        vision_config = write_vision(self.vision) | {"model_type": "qwen2_5_vl_vision"}
         policy = {
             "text_after_video": self.text_after_video,
             "fractional_seconds": self.fractional_seconds,
@@ -178,7 +158,8 @@ class Config:
         }
 
 
-def _text(section, problems):
+def read_text(section: Mapping[str, Any], problems: list[str]) -> Callable[[], decoder.Config]:
+    """The decoder that a text section describes, made when called; `problems` grows."""
     read = Reader(section, "", problems)
     found = {ours: read.take(hf) for ours, hf in TEXT_NAMES.items()}
     found["max_positions"] = read.take("max_position_embeddings")
@@ -197,7 +178,8 @@ def _text(section, problems):
     return lambda: decoder.Config(**found)
 
 
-def _vision(section, problems):
+def read_vision(section: Mapping[str, Any], problems: list[str]) -> Callable[[], vision.Config]:
+    """The vision tower that a vision_config describes, made when called; `problems` grows."""
     read = Reader(section, "vision_config.", problems)
     found = {ours: read.take(hf) for ours, hf in VISION_NAMES.items()}
     found["channels"] = read.take("in_channels", read.left.get("in_chans", 3))
@@ -207,6 +189,37 @@ def _vision(section, problems):
     read.must("hidden_act", "silu")
     read.done(IGNORED["vision"])
     return lambda: vision.Config(**found)
+
+
+def write_text(text: decoder.Config) -> dict[str, Any]:
+    """The text section that `read_text` reads, without its model_type."""
+    out = {hf: getattr(text, ours) for ours, hf in TEXT_NAMES.items()} | {
+        "hidden_act": "silu",
+        "max_position_embeddings": text.max_positions,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": text.rope_theta,
+            "mrope_section": list(text.rope_sections),
+        },
+    }
+    if not text.window:
+        return out
+    return out | {
+        "use_sliding_window": True,
+        "sliding_window": text.window,
+        "max_window_layers": 0,
+        "layer_types": [SLIDING] * text.layers,
+    }
+
+
+def write_vision(tower: vision.Config) -> dict[str, Any]:
+    """The vision_config that `read_vision` reads, without its model_type."""
+    return {hf: getattr(tower, ours) for ours, hf in VISION_NAMES.items()} | {
+        "hidden_act": "silu",
+        "in_channels": tower.channels,
+        "fullatt_block_indexes": list(tower.full),
+        "rope_parameters": {"rope_type": "axial", "rope_theta": tower.rope_theta},
+    }
 
 
 class Qwen25VL(Multimodal):
@@ -368,14 +381,18 @@ def tiny(vocab: int, ids: dict[str, int]) -> Config:
 
 def preprocessor(cfg: Config) -> dict[str, Any]:
     """preprocessor_config.json, for a folder that has none."""
-    v = cfg.vision
+    return image_processor(cfg.vision)
+
+
+def image_processor(tower: vision.Config) -> dict[str, Any]:
+    """What it says of images and frames."""
     return {
         "image_processor_type": "Qwen2VLImageProcessor",
-        "image_mean": list(v.image_mean),
-        "image_std": list(v.image_std),
-        "patch_size": v.patch,
-        "temporal_patch_size": v.temporal,
-        "merge_size": v.merge,
+        "image_mean": list(tower.image_mean),
+        "image_std": list(tower.image_std),
+        "patch_size": tower.patch,
+        "temporal_patch_size": tower.temporal,
+        "merge_size": tower.merge,
     }
 
 

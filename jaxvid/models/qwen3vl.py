@@ -14,11 +14,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
-from jaxvid.batch import AudioBatch, Medium, Placed, Vision, VisionBatch
+from jaxvid.batch import AudioBatch, VisionBatch
 from jaxvid.models import decoder, qwen3_vision, text_config
 from jaxvid.models.family import Family, Place, Places, Reader, decoder_places, refuse
 from jaxvid.models.layers import Compute
 from jaxvid.models.multimodal import Features, Multimodal
+from jaxvid.prompting import Medium, Placed, Vision
 
 TEXT_NAMES = {
     "layers": "num_hidden_layers",
