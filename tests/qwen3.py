@@ -110,6 +110,12 @@ decode = nnx.jit(lambda model, *inputs: model.decode(*inputs))
 tower = nnx.jit(lambda model, seen: model.tower(seen))
 
 
+def run_once(loaded, params, *inputs):
+    """`hidden`, compiled with less care than it runs with."""
+    run = lambda params, *inputs: nnx.merge(loaded.graph, params).hidden(*inputs)
+    return jax.jit(run, compiler_options=QUICK)(params, *inputs)
+
+
 def padded(prompts):
     """Ids of several prompts, padded on the left as transformers' batches are, and the mask."""
     n = max(len(p.ids) for p in prompts)

@@ -28,6 +28,7 @@ from qwen3 import (
     model,
     prefill,
     prompt,
+    run_once,
     their_inputs,
     tower,
 )
@@ -243,7 +244,7 @@ def test_true_width_equals_transformers(oracle):
             image_grid_thw=torch.tensor([grid]),
             output_hidden_states=True,
         )
-    got = hidden(model(loaded), tokens, seen)[0]
+    got = run_once(loaded, loaded.params, tokens, seen)[0]
     np.testing.assert_allclose(got, want.hidden_states[-1][0].numpy(), atol=1e-4)
 
 
@@ -284,9 +285,8 @@ def test_a_mesh_changes_nothing(ours):
     params = jax.device_put(loaded.params, sharding.parameter_shardings(loaded.params, mesh))
     rows = sharding.row_sharding(mesh, B)
     tokens, seen = jax.device_put((TOKENS, SEEN), rows)
-    run = lambda params, *inputs: nnx.merge(loaded.graph, params).hidden(*inputs)
     with jax.set_mesh(mesh):
-        got = jax.jit(run, compiler_options=QUICK)(params, tokens, seen)
+        got = run_once(loaded, params, tokens, seen)
     np.testing.assert_allclose(got, ours[1], atol=1e-5)
 
 
