@@ -130,8 +130,9 @@ def load_model(run: AnyRun, mesh: Mesh) -> hf.Loaded:
     return hf.load(run.model, mesh=mesh)._replace(cfg=cfg, graph=hf.abstract(cfg)[0])
 
 
-def make_builder(model: str | pathlib.Path, cfg: Any, data: Data) -> pipeline.Builder:
-    """What makes the trees of a record for this model: its chat, geometry and positions."""
+def make_builder(model: str | pathlib.Path, cfg: Any, data: Data | None) -> pipeline.Builder:
+    """What makes the trees of a record for this model: its chat, geometry and positions. Without
+    `data`, of single clips alone."""
     prompting = cfg.prompting
     words = chat.Chat(model, prompting.markers)
     return pipeline.Builder(words, prompting, data, context=cfg.text.max_positions)

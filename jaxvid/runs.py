@@ -9,6 +9,7 @@ import itertools
 import json
 import pathlib
 import pkgutil
+import tempfile
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +21,7 @@ from jax.sharding import Mesh
 
 from jaxvid import config, sharding
 from jaxvid.config import AnyRun, EvalRun, Run
-from jaxvid.data import pipeline
+from jaxvid.data import chat, frames, pipeline
 from jaxvid.eval import run as evaluation
 from jaxvid.models import hf
 from jaxvid.train import loop, policy, state, step
@@ -216,3 +217,47 @@ def evaluate(run: EvalRun, workdir: pathlib.Path) -> dict[str, evaluation.Result
                 model, builder, ask, out=out, about=saved, mesh=mesh
             )
     return found
+
+
+def sampling_of(
+    folder: pathlib.Path, cfg: Any, asked: dict[str, Any] | None = None
+) -> frames.Sampling:
+    """Which frames a model sees: as it was trained (the folder's sampling.json), or else two a
+    second, at most 32 of at most 256 tokens. `asked` takes the place of single settings."""
+    path, vision = pathlib.Path(folder) / "sampling.json", cfg.prompting.vision
+    if path.is_file():
+        stored = json.loads(path.read_text())
+    elif vision.size:
+        stored = {"frames": 32, "fps": 2.0, "height": vision.size, "width": vision.size}
+    else:
+        most = 256 * (vision.patch * vision.merge) ** 2
+        stored = {"frames": 32, "fps": 2.0, "height": 0, "width": 0, "max_pixels": most}
+    return frames.Sampling(**stored | (asked or {}))
+
+
+# What a tiny twin's own tokenizer knows as words; all other text is written letter by letter.
+WORDS = (
+    "Answer the question about the clip. What happens? Yes or no?",
+    "The red ball moves left and the blue box moves right, then they collide and a sound is heard.",
+    "It is faster, slower, brighter, darker, louder, silent; at the top, at the bottom, behind.",
+)
+
+
+def tiny(
+    family: str, out: pathlib.Path, *, tokenizer: pathlib.Path | None = None, seed: int = 0
+) -> None:
+    """Write a family's tiny twin: its own classes at laptop size with fresh weights, a tokenizer
+    and a chat template. Every verb that takes a model takes it.
+
+    Raises ValueError for a family that is not known and for a tokenizer without its tokens.
+    """
+    with tempfile.TemporaryDirectory() as made:
+        if tokenizer is None:
+            tokenizer = pathlib.Path(made)
+            found = hf.named(family)
+            special = tuple(dict.fromkeys((*chat.CONTROL, *found.special.values())))
+            markers = hf.tiny_config(family).prompting.markers
+            chat.build_tokenizer(WORDS, 640, tokenizer, special=special, markers=markers)
+        loaded = hf.initialise(hf.tiny_config(family, tokenizer), seed)
+        hf.save(out, loaded.cfg, loaded.params, like=tokenizer, dtype="float32")
+    print(f"wrote {out}")

@@ -85,7 +85,7 @@ class Builder:
 
     chat: Chat
     prompting: Prompting
-    data: Data
+    data: Data | None  # None: clips alone are read, no records
     # What is done to a clip's frames before they are cut into patches (evaluation controls).
     frames: Callable[[UInt8[np.ndarray, "F h w 3"], str], UInt8[np.ndarray, "F h w 3"]] | None = (
         None

@@ -16,7 +16,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +33,17 @@ from jaxvid.prompting import Vision
 
 IGNORED = {  # of config.json: for the processor, or of models that this is not
     "": [
-        *text_config.IGNORED,
+        *text_config.COMMON,
         *("ignore_index image_seq_length video_seq_length use_image_newline_parameter").split(),
         "vocab_size",
     ],
-    "vision": [*text_config.IGNORED, "projection_dim", "initializer_factor", "vocab_size"],
+    "vision": [
+        *text_config.COMMON,
+        "model_type",
+        "projection_dim",
+        "initializer_factor",
+        "vocab_size",
+    ],
 }
 VISION_NAMES = {
     "layers": "num_hidden_layers",
@@ -130,6 +136,7 @@ class Config:
     architecture: ClassVar[str]  # transformers' class
     tower: ClassVar[str]  # kind of tower
     plain: ClassVar[str]  # kind of decoder of a file that does not say
+    fit: ClassVar[Literal["crop", "exact"]]  # how a frame becomes a square
     defaults: ClassVar[dict[str, Any]]
 
     def __post_init__(self):
@@ -161,6 +168,7 @@ class Config:
                 merge=1,
                 window=0,
                 size=tower.image,
+                fit=self.fit,
                 pooled=tower.side**2 + self.pooled**2,
             ),
             pinpoints=self.pinpoints,
@@ -272,6 +280,7 @@ class NextVideo(Config):
     architecture = "LlavaNextVideoForConditionalGeneration"
     tower = "clip"
     plain = "llama"
+    fit = "crop"
     defaults = NEXT_VIDEO
 
     @property
@@ -296,6 +305,7 @@ class OneVision(Config):
     architecture = "LlavaOnevisionForConditionalGeneration"
     tower = "siglip"
     plain = "qwen2"
+    fit = "exact"
     defaults = ONEVISION
 
     @property
