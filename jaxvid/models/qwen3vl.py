@@ -111,7 +111,7 @@ class Config:
                 problems.append(f"{name} is {found[0]!r}; give one id")
         text_fields = _text(text, problems)
         vision_fields = _vision(read.take("vision_config", {}), problems)
-        read.done(text_config.IGNORED)
+        read.done(text_config.COMMON)
         refuse(problems)
         return cls(
             text=decoder.Config(**text_fields),
@@ -185,7 +185,7 @@ def _text(section, problems):
     read.must("hidden_act", "silu")
     read.must("attention_bias", False)
     read.must("attention_dropout", 0.0)
-    read.done(text_config.IGNORED)
+    read.done(text_config.COMMON)
     return found
 
 
@@ -208,7 +208,7 @@ def _vision(section, problems):
             f"vision_config.rope_parameters has rope_type={kind!r}, {rope}; only 'axial' is known"
         )
     read.must("hidden_act", "gelu_pytorch_tanh")
-    read.done([*text_config.IGNORED, "tie_word_embeddings"])
+    read.done([*text_config.COMMON, "tie_word_embeddings"])
     return found
 
 
