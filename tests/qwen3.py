@@ -143,3 +143,70 @@ def their_inputs(torch, prompts):
             inputs[values] = torch.tensor((flat.astype(np.float32) / 255 - 0.5) / 0.5)
             inputs[grids] = torch.tensor([m.grid for m, _ in some])
     return inputs
+
+
+def published(size):
+    """config.json of Qwen3-VL-<size>-Instruct as the hub has it."""
+    layers, width, ffn, heads, tied = {
+        "2B": (28, 2048, 6144, 16, True),
+        "4B": (36, 2560, 9728, 32, True),
+        "8B": (36, 4096, 12288, 32, False),
+        "32B": (64, 5120, 25600, 64, False),
+    }[size]
+    small = size in ("2B", "4B")
+    depth, inside, wide, deep = (
+        (24, 1024, 4096, [5, 11, 17]) if small else (27, 1152, 4304, [8, 16, 24])
+    )
+    return {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "image_token_id": 151655,
+        "model_type": "qwen3_vl",
+        "text_config": {
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 151643,
+            "dtype": "bfloat16",
+            "eos_token_id": 151645,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": width,
+            "initializer_range": 0.02,
+            "intermediate_size": ffn,
+            "max_position_embeddings": 262144,
+            "model_type": "qwen3_vl_text",
+            "num_attention_heads": heads,
+            "num_hidden_layers": layers,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": {
+                "mrope_interleaved": True,
+                "mrope_section": [24, 20, 20],
+                "rope_type": "default",
+            },
+            "rope_theta": 5000000,
+            "tie_word_embeddings": tied,
+            "use_cache": True,
+            "vocab_size": 151936,
+        },
+        "tie_word_embeddings": tied,
+        "transformers_version": "4.57.0.dev0",
+        "video_token_id": 151656,
+        "vision_config": {
+            "deepstack_visual_indexes": deep,
+            "depth": depth,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": inside,
+            "in_channels": 3,
+            "initializer_range": 0.02,
+            "intermediate_size": wide,
+            "model_type": "qwen3_vl",
+            "num_heads": 16,
+            "num_position_embeddings": 2304,
+            "out_hidden_size": width,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        "vision_end_token_id": 151653,
+        "vision_start_token_id": 151652,
+    }

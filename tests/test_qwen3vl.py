@@ -1,7 +1,6 @@
 """Qwen3-VL against transformers' own; its prompts, positions, configs; one tree beside others."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +27,7 @@ from qwen3 import (
     model,
     prefill,
     prompt,
+    published,
     run_once,
     their_inputs,
     tower,
@@ -408,163 +408,6 @@ def test_prompts_are_those_of_transformers(tmp_path):
     want = f"<|im_start|>user\n{said}what moves?<|im_end|>\n<|im_start|>assistant\n"
     assert tree.prompt.tolist() == talk._parsed(want)
     assert said.count(" seconds>") == 3 and "<1.7 seconds>" in said  # frame 12, twice
-
-
-# --- configs
-
-
-def published(size):
-    """config.json of Qwen3-VL-<size>-Instruct as the hub has it."""
-    layers, width, ffn, heads, tied = {
-        "2B": (28, 2048, 6144, 16, True),
-        "4B": (36, 2560, 9728, 32, True),
-        "8B": (36, 4096, 12288, 32, False),
-        "32B": (64, 5120, 25600, 64, False),
-    }[size]
-    small = size in ("2B", "4B")
-    depth, inside, wide, deep = (
-        (24, 1024, 4096, [5, 11, 17]) if small else (27, 1152, 4304, [8, 16, 24])
-    )
-    return {
-        "architectures": ["Qwen3VLForConditionalGeneration"],
-        "image_token_id": 151655,
-        "model_type": "qwen3_vl",
-        "text_config": {
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "bos_token_id": 151643,
-            "dtype": "bfloat16",
-            "eos_token_id": 151645,
-            "head_dim": 128,
-            "hidden_act": "silu",
-            "hidden_size": width,
-            "initializer_range": 0.02,
-            "intermediate_size": ffn,
-            "max_position_embeddings": 262144,
-            "model_type": "qwen3_vl_text",
-            "num_attention_heads": heads,
-            "num_hidden_layers": layers,
-            "num_key_value_heads": 8,
-            "rms_norm_eps": 1e-06,
-            "rope_scaling": {
-                "mrope_interleaved": True,
-                "mrope_section": [24, 20, 20],
-                "rope_type": "default",
-            },
-            "rope_theta": 5000000,
-            "tie_word_embeddings": tied,
-            "use_cache": True,
-            "vocab_size": 151936,
-        },
-        "tie_word_embeddings": tied,
-        "transformers_version": "4.57.0.dev0",
-        "video_token_id": 151656,
-        "vision_config": {
-            "deepstack_visual_indexes": deep,
-            "depth": depth,
-            "hidden_act": "gelu_pytorch_tanh",
-            "hidden_size": inside,
-            "in_channels": 3,
-            "initializer_range": 0.02,
-            "intermediate_size": wide,
-            "model_type": "qwen3_vl",
-            "num_heads": 16,
-            "num_position_embeddings": 2304,
-            "out_hidden_size": width,
-            "patch_size": 16,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-        },
-        "vision_end_token_id": 151653,
-        "vision_start_token_id": 151652,
-    }
-
-
-@pytest.mark.parametrize("size", ["2B", "4B", "8B", "32B"])
-def test_published_configs_have_the_size_of_transformers(size):
-    torch = pytest.importorskip("torch", reason="the oracle: pip install jaxvid[oracle]")
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-
-    cfg = qwen3vl.Config.from_hf(published(size))
-    with torch.device("meta"):
-        theirs = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**published(size)))
-    want = sum(p.numel() for p in theirs.parameters())
-    assert parameters(cfg) == want
-    assert (cfg.text.head, cfg.text.rope_theta, cfg.vision.side) == (128, 5e6, 48)
-
-
-def parameters(cfg):
-    return sum(x.size for x in jax.tree.leaves(hf.abstract(cfg)[1]))
-
-
-@pytest.mark.parametrize("cfg", [CFG, hf.tiny_config("qwen3_vl")], ids=["test", "tiny"])
-def test_config_round_trip(cfg):
-    written = json.loads(json.dumps(cfg.to_hf()))
-    read = qwen3vl.Config.from_hf(written)
-    assert dataclasses.replace(read, compute=cfg.compute) == cfg
-    # transformers 5 writes the rope in one place, 4 in two
-    text = written["text_config"]
-    text["rope_parameters"] = text.pop("rope_scaling") | {"rope_theta": text.pop("rope_theta")}
-    assert qwen3vl.Config.from_hf(written) == read
-    assert parameters(hf.tiny_config("qwen3_vl")) < 3.8e6
-
-
-def test_config_names_every_problem():
-    config = published("2B") | {"mystery": 1, "eos_token_id": [1, 2]}
-    config["text_config"] |= {
-        "attention_bias": True,
-        "rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4},
-        "sliding_window": 7,
-    }
-    del config["text_config"]["vocab_size"]
-    config["vision_config"] |= {"hidden_act": "gelu", "patch_size": [16, 16], "window_size": 3}
-    with pytest.raises(ValueError) as e:
-        qwen3vl.Config.from_hf(config)
-    for part in (
-        "mystery=1",
-        "eos_token_id is [1, 2]; give one id",
-        "text_config.vocab_size is missing",
-        "text_config.attention_bias is True",
-        "rope_theta is 5000000 and 1000000.0",
-        "rope_type is 'default', and 'yarn' too",
-        "rope rope_type is 'yarn'",
-        "text_config.sliding_window=7",
-        "vision_config.hidden_act is 'gelu'",
-        "vision_config.patch_size is [16, 16]",
-        "vision_config.window_size=3",
-    ):
-        assert part in str(e.value), part
-    for change, said in (
-        ({"text_config": {"model_type": "qwen3_vl_moe_text"}}, "only 'qwen3_vl_text' is"),
-        ({"model_type": "qwen3_vl_moe"}, "model_type is 'qwen3_vl_moe'; wanted is 'qwen3_vl'"),
-        ({"text_config": published("2B")["text_config"] | {"rope_theta": None}}, "give it once"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            qwen3vl.Config.from_hf(published("2B") | change)
-
-
-def test_configs_refuse_what_does_not_fit():
-    change = dataclasses.replace
-    for cfg, field, said in (
-        (TOWER, {"positions": 24}, "positions=24 is not the number of a square's places"),
-        (TOWER, {"deep": (1, 0)}, "each once, in order"),
-        (TOWER, {"deep": (3,)}, "name blocks of 0 to 2"),
-        (TOWER, {"heads": 3}, "times a multiple of 4"),
-        (CFG, {"text": change(TEXT, qkv_bias=True)}, "the decoder has qkv_bias=True"),
-        (CFG, {"text": change(TEXT, layers=1)}, "for 2 layers of the decoder, which has 1"),
-        (CFG, {"vision": change(TOWER, out=64)}, "the vision tower gives width 64"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            change(cfg, **field)
-
-
-def test_hub_names_from_every_spelling():
-    for name in ("model.visual.merger.norm.bias", "visual.merger.norm.bias"):
-        assert qwen3vl.hub_name(name) == "model.visual.merger.norm.bias"
-    for name in ("model.language_model.norm.weight", "language_model.norm.weight"):
-        assert qwen3vl.hub_name(name) == "model.language_model.norm.weight"
-    assert qwen3vl.hub_name("model.norm.weight") == "model.language_model.norm.weight"
-    assert qwen3vl.hub_name("lm_head.weight") == "lm_head.weight"
 
 
 def test_a_tower_without_deep_blocks_and_wrong_patches():
