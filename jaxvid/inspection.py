@@ -42,7 +42,8 @@ def cost(folder: pathlib.Path, cfg: Any, told: media.Plan, *, heard: bool) -> Co
     family = cfg.prompting
     hears = heard and family.sound is not None
     mels = sound.mel_frames(round(told.sound * family.sound.rate)) if hears else 0
-    medium = Medium(told.kind, told.grid, told.seconds, mels, told.original)
+    times = tuple(told.times.tolist())
+    medium = Medium(told.kind, told.grid, told.seconds, mels, told.original, times)
     words = chat.Chat(folder, family.markers)
     placed = family.expand(medium, words.encode)
     return Cost(told.kind, len(told.indices), told.size, told.grid, mels, len(placed.ids))
@@ -59,7 +60,7 @@ def imagined(
     patches = frames.grid(len(indices), *size, vision)
     each = total / rate / len(indices) * vision.temporal
     last = np.minimum(np.arange(1, patches[0] + 1) * vision.temporal, len(indices)) - 1
-    times = (indices[:: vision.temporal] + indices[last]) / 2 / rate
+    times = (indices[:: vision.temporal] / rate + indices[last] / rate) / 2
     return media.Plan(
         "video", indices, total, rate, (height, width), size, patches, each, times, seconds
     )

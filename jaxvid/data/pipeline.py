@@ -188,7 +188,8 @@ class Builder:
             )
         heard = family.sound is not None and bool(told.sound) and (how.sound or not told.rate)
         frames = sound.mel_frames(round(told.sound * family.sound.rate)) if heard else 0
-        medium = Medium(told.kind, told.grid, told.seconds, frames, told.original)
+        times = tuple(told.times.tolist())
+        medium = Medium(told.kind, told.grid, told.seconds, frames, told.original, times)
         self._check_length(where, medium)
         patches = chunks = lengths = None
         if told.kind != "audio":

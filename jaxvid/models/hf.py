@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxvid import paths, sharding
-from jaxvid.models import llava, omni, qwen25vl, weights
+from jaxvid.models import llava, omni, qwen3vl, qwen25vl, weights
 from jaxvid.models.family import Family
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
@@ -44,7 +44,7 @@ COMPANIONS = (  # what stands beside the weights and is copied by `save`
 )
 
 
-FAMILIES = (qwen25vl.FAMILY, omni.FAMILY, *llava.FAMILIES)
+FAMILIES = (qwen25vl.FAMILY, qwen3vl.FAMILY, omni.FAMILY, *llava.FAMILIES)
 
 
 class Loaded(NamedTuple):
