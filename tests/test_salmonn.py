@@ -27,11 +27,10 @@ from salmonn import (
     encode,
     fresh,
     generate,
-    hidden,
     model,
     modules,
     rows,
-    towers,
+    run,
     tree,
 )
 from towers import drawn
@@ -64,7 +63,7 @@ PROMPTS = ((FILM,), (SOUND,), (MUTE,), (IMAGE, SOUND))
 def test_hidden_states_and_logits_equal_transformers(theirs):
     trees = [tree(*ms, seed=i) for i, ms in enumerate(PROMPTS)]
     for i in range(0, len(trees), 2):
-        got = hidden(*rows(*trees[i : i + 2]))
+        got = run(*rows(*trees[i : i + 2]))[0]
         for t, x in zip(trees[i : i + 2], got):
             x = x[: len(t.prompt)]
             states, logits = theirs.run(theirs.embedded(t))
@@ -76,10 +75,10 @@ def test_hidden_states_and_logits_equal_transformers(theirs):
 def test_towers_equal_transformers(theirs):
     """The two films of different rows, and a second sound in a row, whose segments begin anew."""
     film, both = tree(FILM), tree(SOUND, FILM, seed=1)
-    _, seen, heard = rows(film, both)
-    frames, sound = towers(seen, heard)
+    inputs = rows(film, both)
+    _, frames, sound = run(*inputs)
     assert frames.shape == (2, 4 * 9, 32) and sound.shape == (2, 5 * 8, 32)
-    assert heard.order.tolist() == [[0, 1, 0, 0, 0], [0, 1, 2, 0, 1]]
+    assert inputs[2].order.tolist() == [[0, 1, 0, 0, 0], [0, 1, 2, 0, 1]]
     for row, t in enumerate((film, both)):
         patches, count = t.clips[0].patches, len(t.sound)
         apart = worst(frames[row, : 3 * 9], theirs.seen(patches))
@@ -106,7 +105,7 @@ def test_packed_rows_equal_rows_of_one(theirs):
     budget = dataclasses.replace(BUDGET, scored=2, branches=2)
     (batch,) = layout.pack([[t] for t in split], budget)
     assert (batch.tokens.end[1] == 0).all()  # both in the first row
-    got, at = hidden(batch.tokens, batch.vision, batch.audio)[0], 0
+    got, at = run(batch.tokens, batch.vision, batch.audio)[0][0], 0
     for t in trees:
         states, _ = theirs.run(theirs.embedded(t))
         assert worst(got[at : (at := at + len(t.prompt))], states) < 1e-4
@@ -159,11 +158,11 @@ def test_greedy_generation_equals_transformers_and_a_full_pass(theirs):
 
 def test_what_a_segment_says_depends_on_its_place():
     film = tree(SOUND)
-    _, seen, heard = rows(film)
+    tokens, seen, heard = rows(film)
     same = heard._replace(features=np.repeat(heard.features[:, :1], 5, axis=1))
-    got = towers(seen, same)[1][0].reshape(5, 8, -1)
+    got = run(tokens, seen, same)[2][0].reshape(5, 8, -1)
     assert np.abs(got[1] - got[0]).max() > 0.01
-    got = towers(seen, same._replace(order=np.zeros_like(heard.order)))[1][0].reshape(5, 8, -1)
+    got = run(tokens, seen, same._replace(order=np.zeros_like(heard.order)))[2][0].reshape(5, 8, -1)
     np.testing.assert_allclose(got[1], got[0], atol=1e-6)
 
 
@@ -207,8 +206,8 @@ def test_parts_of_true_width_equal_transformers():
     sound = AudioBatch(x, np.full((1, 2), 100, np.int32), np.zeros((1, 2), np.int32))
     with torch.no_grad():
         want = ears(torch.tensor(x[0]).transpose(1, 2)).last_hidden_state
-    run = nnx.jit(lambda m, x: m(x))
-    got = run(ours, sound)
+    call = nnx.jit(lambda m, x: m(x))
+    got = call(ours, sound)
     print(f"Whisper at true width: {worst(got, want):.1e}")
     assert worst(got, want) < 1e-4
 
@@ -223,7 +222,7 @@ def test_parts_of_true_width_equal_transformers():
     windows = want.reshape(10, 10, 1280)
     with torch.no_grad():
         told = asks(torch.tensor(queries).expand(10, 1, -1), encoder_hidden_states=windows)
-    got = run(ours, jnp.asarray(want.numpy()))
+    got = call(ours, jnp.asarray(want.numpy()))
     apart = worst(got.reshape(10, 1, -1), told.last_hidden_state)
     print(f"Q-Former at true width: {apart:.1e}")
     assert apart < 1e-4
@@ -601,8 +600,8 @@ def test_a_start_folder_reads_clips(parts, tmp_path):
     assert len(trees[0].prompt) == len(trees[1].prompt) + 6
     graph, params = nnx.split(nnx.eval_shape(lambda: salmonn.Salmonn(cfg, rngs=nnx.Rngs(0))))
     inputs = layout.prompts(trees, budget)
-    run = jax.jit(lambda p, *x: nnx.merge(graph, p).hidden(*x), compiler_options=QUICK)
-    got = run(loaded.params, *inputs)
+    go = jax.jit(lambda p, *x: nnx.merge(graph, p).hidden(*x), compiler_options=QUICK)
+    got = go(loaded.params, *inputs)
     assert np.isfinite(got).all() and np.abs(got[0] - got[1]).max() > 0.1
 
 
