@@ -200,7 +200,7 @@ def test_parts_of_true_width_equal_transformers():
     ears, asks = parts["speech_encoder"].eval(), parts["qformer"].eval()
     where = Places()
     whisper.places(where, cfg.audio, (), "ears")
-    build = lambda: whisper.Tower(cfg.audio, Compute(remat=False), rngs=nnx.Rngs(0))
+    build = lambda: whisper.Tower(cfg.audio, Compute(remat="none"), rngs=nnx.Rngs(0))
     ours = true_part(ears, where, build, "ears.")
     x = np.random.default_rng(1).standard_normal((1, 2, 100, 128), np.float32)
     sound = AudioBatch(x, np.full((1, 2), 100, np.int32), np.zeros((1, 2), np.int32))
@@ -217,7 +217,7 @@ def test_parts_of_true_width_equal_transformers():
     state = {"query_tokens": queries, **drawn(asks.state_dict())}
     own = {k: torch.from_numpy(x) for k, x in state.items() if k != "query_tokens"}
     asks.load_state_dict(own, assign=True)
-    build = lambda: qformer.QFormer(cfg.qformer, Compute(remat=False), rngs=nnx.Rngs(0))
+    build = lambda: qformer.QFormer(cfg.qformer, Compute(remat="none"), rngs=nnx.Rngs(0))
     ours = taken(build, where, lambda name: state[name.removeprefix("asks.")])
     windows = want.reshape(10, 10, 1280)
     with torch.no_grad():
