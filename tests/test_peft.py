@@ -145,9 +145,11 @@ def test_a_family_without_names_of_modules_says_so(monkeypatch, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("family", hf.FAMILIES, ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "family", [f for f in hf.FAMILIES if f.module_name is not None], ids=lambda f: f.name
+)
 def test_names_of_modules_are_a_spelling_of_the_files(family):
-    """Every tensor of every family: what PEFT is told, `load` knows as the same."""
+    """Every tensor of every family that transformers has: what PEFT is told, `load` knows."""
     for place in family.places(hf.tiny_config(family.name)).values():
         name = family.module_name(place.name)
         assert family.hub_name(name) == place.name

@@ -377,6 +377,7 @@ FAMILY = Family(
     model=Qwen3VL,
     places=places,
     hub_name=hub_name,
+    module_name=hub_name,  # the files have the module's own names
     special={
         "bos_token_id": "<|endoftext|>",
         "pad_token_id": "<|endoftext|>",
