@@ -22,7 +22,7 @@ def get_config(runlocal: bool = False) -> SFTRun:
     clips, practice, rows, steps = (4, 1, 4, 2) if runlocal else (32, 4, 20, 500)
     return SFTRun(
         model="runs/base/read/model",
-        compute=Compute(remat=False, unroll=4),
+        compute=Compute(remat="none", unroll=4),
         data=pipeline.Data(
             shards=("runs/base/shards", "runs/base/practice"),
             weights=(clips, practice),

@@ -27,7 +27,7 @@ def get_config(runlocal: bool = False) -> PolicyRun:
     pairs, steps = (2, 2) if runlocal else (24, 60)
     return PolicyRun(
         model=_tiny.BASE if runlocal else "runs/sft/model",
-        compute=Compute(remat=False, unroll=4),
+        compute=Compute(remat="none", unroll=4),
         data=_tiny.questions(pairs),
         validation=_tiny.questions(pairs, "validation"),
         ask=Settings(max_tokens=_tiny.REPLY, rows=100),

@@ -22,7 +22,7 @@ def get_config(runlocal: bool = False) -> PreferenceRun:
     pairs, steps = (2, 2) if runlocal else (16, 40)
     return PreferenceRun(
         model=_tiny.BASE if runlocal else "runs/sft/model",
-        compute=Compute(remat=False, unroll=4),
+        compute=Compute(remat="none", unroll=4),
         data=_tiny.preferences(pairs),
         validation=_tiny.preferences(pairs, "validation"),
         objective=DPO(beta=0.1, axis_weights=(1.0, 1.0, 1.0)),

@@ -15,7 +15,7 @@ from jaxvid.models.layers import Compute
 def get_config(runlocal: bool = False) -> EvalRun:
     return EvalRun(
         model=_tiny.BASE,
-        compute=Compute(remat=False, unroll=4),
+        compute=Compute(remat="none", unroll=4),
         data=_tiny.questions(8, "test"),
         ask=Settings(
             max_tokens=_tiny.REPLY, rows=16 if runlocal else 100, limit=8 if runlocal else 0

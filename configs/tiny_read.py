@@ -26,7 +26,7 @@ def get_config(runlocal: bool = False) -> SFTRun:
     return SFTRun(
         model="runs/base/start",
         init=True,
-        compute=Compute(remat=False, unroll=4),
+        compute=Compute(remat="none", unroll=4),
         data=pipeline.Data(
             shards=("runs/base/practice",),
             tasks=("sft",),

@@ -20,7 +20,7 @@ def get_config(runlocal: bool = False) -> SFTRun:
     pairs, steps = (2, 2) if runlocal else (16, 120)
     return SFTRun(
         model=_tiny.BASE,
-        compute=Compute(remat=False, unroll=4),
+        compute=Compute(remat="none", unroll=4),
         data=_tiny.supervised(pairs),
         validation=_tiny.supervised(pairs, "validation"),
         optimizer=Muon(lr=1e-3, warmup=0 if runlocal else 5, final=0.1),

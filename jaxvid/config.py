@@ -11,14 +11,16 @@ import pathlib
 import typing
 from typing import Any, Literal
 
+from flax import nnx
 from jax.sharding import Mesh
 
-from jaxvid import rewards
+from jaxvid import paths, rewards
 from jaxvid.data import chat, pipeline
 from jaxvid.data.pipeline import Data
 from jaxvid.eval import run as evaluation
-from jaxvid.models import hf
+from jaxvid.models import hf, lora
 from jaxvid.models.layers import Compute
+from jaxvid.models.lora import LoRA
 from jaxvid.objectives.advantages import DAPO, GRPO, DrGRPO, Duality
 from jaxvid.objectives.policy import Policy
 from jaxvid.objectives.preference import DPO, PDPO
@@ -26,7 +28,8 @@ from jaxvid.objectives.sft import SFT
 from jaxvid.rollout.sampler import Sampling
 from jaxvid.train import loop
 from jaxvid.train import policy as policy_loop
-from jaxvid.train.optimizers import Adafactor, AdamW, Muon
+from jaxvid.train import state as states
+from jaxvid.train.optimizers import Adafactor, AdamW, Muon, Rates
 
 SHIPPED = "@checkpoints/"
 
@@ -47,6 +50,12 @@ class Run:
     validation: Data | None = None
     ask: Ask | None = None  # also answer the validation's policy questions
     optimizer: Optimizer = AdamW()
+    # Patterns are regular expressions over whole parts of a weight's path, such as "tower" or
+    # "decoder.blocks.attention.(q|v)"; one that fits nothing is an error that lists the paths.
+    lora: LoRA = LoRA()  # lora.rank above 0 trains adapters and freezes everything else
+    freeze: tuple[str, ...] = ()  # patterns of weights that stay as they are
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"  # what frozen weights are kept in
+    rates: Rates = ()  # (pattern, factor of the learning rate) ...; the last that fits counts
     steps: int
     seed: int = 0
     log_every: int = 10
@@ -84,7 +93,7 @@ class PreferenceRun(Run):
     """Preferences against a frozen reference, scored in the same step."""
 
     objective: DPO | PDPO = DPO()
-    reference: str = ""  # model folder; "" is the model this run starts from
+    reference: str = ""  # model folder; "" is where this run starts, with LoRA at no memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,15 +132,42 @@ AnyRun = SFTRun | PreferenceRun | PolicyRun | EvalRun
 
 
 def load_model(run: AnyRun, mesh: Mesh) -> hf.Loaded:
-    """The model that a run starts from, computing as the run asks; fresh weights if it says so."""
+    """The model that a run starts from, computing as the run asks; fresh weights if it says so.
+
+    What the run freezes is in its frozen_dtype, and with LoRA the adapters are there.
+    """
     cfg = dataclasses.replace(hf.read_config(run.model), compute=run.compute)
-    if isinstance(run, Run) and run.init:
-        return hf.initialise(cfg, run.seed, mesh=mesh)
-    return hf.load(run.model, mesh=mesh)._replace(cfg=cfg, graph=hf.abstract(cfg)[0])
+    graph, shapes = hf.abstract(cfg)
+    if not isinstance(run, Run):
+        return hf.load(run.model, mesh=mesh)._replace(cfg=cfg, graph=graph)
+    still = set(paths.names(shapes if run.lora.rank else divide(run, shapes)[1]))
+    kind = lambda name: run.frozen_dtype if name in still else "float32"
+    if run.init:
+        params = hf.initialise(cfg, run.seed, mesh=mesh).params
+        flat = nnx.to_flat_state(params)
+        flat = [(path, v.replace(v[...].astype(kind(paths.join(path))))) for path, v in flat]
+        params = nnx.from_flat_state(flat)
+    else:
+        params = hf.load(run.model, mesh=mesh, dtype=kind).params
+    if run.lora.rank:
+        graph, params = lora.attach(graph, params, run.lora, run.seed, mesh=mesh)
+    return hf.Loaded(cfg, graph, params)
 
 
-def make_builder(model: str | pathlib.Path, cfg: Any, data: Data) -> pipeline.Builder:
-    """What makes the trees of a record for this model: its chat, geometry and positions."""
+def divide(run: Run, params: nnx.State) -> tuple[nnx.State, nnx.State]:
+    """(what the run trains, what it freezes) of the model's weights, LoRA's among them."""
+    if run.lora.rank and run.freeze:
+        raise ValueError(
+            f"freeze={run.freeze} with lora.rank {run.lora.rank}: LoRA freezes all but its "
+            "adapters. Leave freeze empty; lora.targets says which layers get one"
+        )
+    train = lora.TRAINED if run.lora.rank else ()
+    return states.split(params, freeze=run.freeze, train=train)
+
+
+def make_builder(model: str | pathlib.Path, cfg: Any, data: Data | None) -> pipeline.Builder:
+    """What makes the trees of a record for this model: its chat, geometry and positions. Without
+    `data`, of single clips alone."""
     prompting = cfg.prompting
     words = chat.Chat(model, prompting.markers)
     return pipeline.Builder(words, prompting, data, context=cfg.text.max_positions)
@@ -178,7 +214,7 @@ def read(saved: dict[str, Any]) -> AnyRun:
 def _read(value: Any, kind: Any, path: str) -> Any:
     options = [k for k in (typing.get_args(kind) or (kind,)) if dataclasses.is_dataclass(k)]
     if not (isinstance(value, dict) and options):
-        return tuple(value) if isinstance(value, list) else value
+        return _tuples(value)
     value = dict(value)
     name = value.pop("class", None)
     found = [k for k in options if k.__name__ == name]
@@ -191,6 +227,10 @@ def _read(value: Any, kind: Any, path: str) -> Any:
     if unknown := sorted(value.keys() - hints.keys()):
         raise ValueError(f"the saved run's {path or 'top'} has unknown settings {unknown}")
     return found[0](**{k: _read(v, hints[k], f"{path}.{k}".strip(".")) for k, v in value.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _fields(value: Any) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import difflib
 import importlib.metadata
-import json
 import pathlib
 import platform
 import sys
@@ -72,29 +71,54 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("model", type=pathlib.Path)
     p.add_argument("clip", type=pathlib.Path)
     p.add_argument("question")
-    p.add_argument("--frames", type=int, help="default: as the model was trained")
-    p.add_argument("--height", type=int)
-    p.add_argument("--width", type=int)
-    p.add_argument("--sound", action="store_true", help="hear a video as well as see it")
+    _sampling_flags(p)
     p.add_argument("--max-tokens", type=int, default=64)
     p = verb("validate", _validate, "read every byte of shards", "runs/shards --media")
     p.add_argument("shards", type=pathlib.Path, nargs="+")
     p.add_argument("--media", action="store_true", help="decode every clip as well")
-    p = verb("inspect", _inspect, "show a model folder", "runs/sft/model")
+    p = verb("inspect", _inspect, "parts, tokens of a clip, memory", "runs/sft/model --seconds 30")
     p.add_argument("model", type=pathlib.Path)
+    p.add_argument("--clip", type=pathlib.Path, help="whose tokens are counted")
+    p.add_argument("--seconds", type=float, default=10.0, help="of a clip without --clip")
+    p.add_argument("--pixels", default="720x1280", help="HEIGHTxWIDTH of it")
+    _sampling_flags(p)
+    p.add_argument("--chips", type=int, default=16, help="that share the weights in training")
+    p.add_argument("--tokens", type=int, default=8192, help="of the rows of one chip")
+    p.add_argument("--moments", type=int, default=2, help="of the optimizer; AdamW 2, Adafactor 0")
     verb("env", _env, "versions and devices, for a report", "")
     p = verb("tiny", _tiny, "a small model with fresh weights", "qwen2_5_vl runs/start")
-    p.add_argument("family", help="a wrong name lists those there are")
+    p.add_argument("family", help="of the model; a wrong name lists those there are")
     p.add_argument("out", type=pathlib.Path)
-    p.add_argument("--tokenizer", type=pathlib.Path, help="folder; it sets the vocabulary")
+    p.add_argument(
+        "--tokenizer", type=pathlib.Path, help="folder whose tokenizer it gets; default: its own"
+    )
     p.add_argument("--seed", type=int, default=0)
     p = verb("export", _export, "a checkpoint as a model folder", "runs/sft out --which best")
     p.add_argument("workdir", type=pathlib.Path)
     p.add_argument("out", type=pathlib.Path)
     p.add_argument("--which", default="last", help="last, best, or a step")
+    p.add_argument("--adapter", action="store_true", help="a LoRA run's adapters alone, for PEFT")
     p = verb("report", _report, "one HTML file of a folder of stages", "runs/local")
     p.add_argument("workdir", type=pathlib.Path)
     return parser, made
+
+
+def _sampling_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--frames", type=int, help="most frames; default: as the model was trained")
+    p.add_argument("--fps", type=float)
+    p.add_argument("--height", type=int)
+    p.add_argument("--width", type=int)
+    p.add_argument("--max-pixels", type=int, help="of a frame")
+    p.add_argument("--sound", action="store_true", help="a video is heard as well as seen")
+
+
+def _sampling(args: argparse.Namespace, cfg):
+    """What the flags ask for, on top of what the folder says."""
+    from jaxvid import runs
+
+    names = ("frames", "fps", "height", "width", "max_pixels")
+    asked = {name: vars(args)[name] for name in names if vars(args)[name] is not None}
+    return runs.sampling_of(args.model, cfg, asked)
 
 
 def _from_command(args: argparse.Namespace, rest: list[str]):
@@ -160,16 +184,13 @@ def _ask(args: argparse.Namespace, rest: list[str]) -> int:
     from flax import nnx
 
     from jaxvid import config
-    from jaxvid.data import media, pipeline
+    from jaxvid.data import pipeline
     from jaxvid.models import hf
     from jaxvid.rollout import sampler
 
     loaded = hf.load(args.model)
     builder = config.make_builder(args.model, loaded.cfg, None)
-    path = args.model / "sampling.json"
-    asked = {k: vars(args)[k] for k in ("frames", "height", "width") if vars(args)[k] is not None}
-    stored = json.loads(path.read_text()) if path.is_file() else {}
-    seen = pipeline.Seen(media.Sampling(**stored | asked), sound=args.sound)
+    seen = pipeline.Seen(_sampling(args, loaded.cfg), sound=args.sound)
     clip = builder.clip(args.clip.read_bytes(), str(args.clip), seen)
     tree = builder.tree(str(args.clip), clip, args.question, ())
     chat = builder.chat
@@ -195,51 +216,48 @@ def _validate(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _inspect(args: argparse.Namespace, rest: list[str]) -> int:
-    import jax
-
+    from jaxvid import inspection
+    from jaxvid.data import media
     from jaxvid.models import hf
+    from jaxvid.models.layers import Compute
 
     cfg = hf.read_config(args.model)
-    _, params = hf.abstract(cfg)
-    counts: dict[str, int] = {}
-    for path, x in jax.tree_util.tree_leaves_with_path(params):
-        part = jax.tree_util.keystr(path[:1], simple=True)
-        counts[part] = counts.get(part, 0) + x.size
-    for name, part in dataclasses.asdict(cfg).items():
-        print(f"{name}: {part}")
+    print(f"{hf.family_of(cfg).name}, {cfg.text.max_positions:,} tokens of context")
+    counts = inspection.parts(cfg)
     for part, count in counts.items():
-        print(f"{part}: {count:,} parameters")
-    print(f"total: {sum(counts.values()):,} parameters")
+        print(f"  {part:<12}{count:>16,} parameters")
+    print(f"  {'all':<12}{sum(counts.values()):>16,} parameters")
+    sampling = _sampling(args, cfg)
+    if args.clip:
+        told = media.plan(args.clip.read_bytes(), sampling, cfg.prompting.vision)
+    else:
+        height, width = map(int, args.pixels.split("x"))
+        told = inspection.imagined(args.seconds, height, width, sampling, cfg)
+    clip = inspection.cost(args.model, cfg, told, heard=args.sound)
+    h, w = clip.size
+    named = args.clip or f"a clip of {args.seconds:g} s, {args.pixels} pixels"
+    print(f"{named}: {clip.tokens:,} tokens")
+    print(f"  {clip.frames} frames of {h} x {w}, {clip.sound} log-mel frames, by {sampling}")
+    cfg = dataclasses.replace(cfg, compute=Compute(dtype="bfloat16"))
+    each = inspection.memory(cfg, chips=args.chips, tokens=args.tokens, moments=args.moments)
+    print(f"training in bfloat16 on {args.chips} chips, {args.tokens:,} tokens on each, about")
+    for what, size in each.items():
+        print(f"  {size:8.2f} GiB  {what}")
+    print(f"  {sum(each.values()):8.2f} GiB  a chip")
     return 0
 
 
 def _tiny(args: argparse.Namespace, rest: list[str]) -> int:
-    from jaxvid.models import hf
+    from jaxvid import runs
 
-    loaded = hf.initialise(hf.tiny_config(args.family, args.tokenizer), args.seed)
-    hf.save(args.out, loaded.cfg, loaded.params, like=args.tokenizer, dtype="float32")
-    print(f"wrote {args.out}")
+    runs.tiny(args.family, args.out, tokenizer=args.tokenizer, seed=args.seed)
     return 0
 
 
 def _export(args: argparse.Namespace, rest: list[str]) -> int:
-    import jax
+    from jaxvid import runs
 
-    from jaxvid import config, runs, sharding
-    from jaxvid.models import hf
-    from jaxvid.train import checkpoint
-
-    run = config.read(json.loads((args.workdir / "config.json").read_text()))
-    saver = checkpoint.Checkpoints(args.workdir / "checkpoints", best=run.best, mode=run.best_mode)
-    named = {"last": saver.latest, "best": saver.best_step}
-    step = named[args.which]() if args.which in named else int(args.which)
-    if step is None:
-        raise FileNotFoundError(f"{args.workdir} has no {args.which} checkpoint")
-    cfg, mesh = hf.read_config(run.model), sharding.make_mesh()
-    with jax.set_mesh(mesh):
-        _, shapes = hf.abstract(cfg)
-        params = saver.restore_params(shapes, sharding.parameter_shardings(shapes, mesh), step)
-        runs.write_model(run, cfg, params, args.out)
+    runs.export(args.workdir, args.out, args.which, adapter=args.adapter)
     return 0
 
 

@@ -49,6 +49,8 @@ class Medium(NamedTuple):
     seconds: float = 0.0  # from one temporal patch to the next
     sound: int = 0  # log-mel frames of its sound; 0 is none
     size: tuple[int, int] = (0, 0)  # (height, width) in pixels before it was resized
+    # The middle of each temporal patch in seconds: (first + last frame) / 2. () is evenly spaced.
+    times: tuple[float, ...] = ()
 
 
 class Placed(NamedTuple):

@@ -9,6 +9,7 @@ import itertools
 import json
 import pathlib
 import pkgutil
+import tempfile
 from types import ModuleType
 from typing import Any
 
@@ -20,10 +21,10 @@ from jax.sharding import Mesh
 
 from jaxvid import config, sharding
 from jaxvid.config import AnyRun, EvalRun, Run
-from jaxvid.data import pipeline
+from jaxvid.data import chat, frames, pipeline
 from jaxvid.eval import run as evaluation
-from jaxvid.models import hf
-from jaxvid.train import loop, policy, state, step
+from jaxvid.models import hf, lora, peft
+from jaxvid.train import checkpoint, loop, optimizers, policy, state, step
 
 
 def load_config(name: str, overrides: list[str], prog: str = "jaxvid train") -> AnyRun:
@@ -96,11 +97,12 @@ def train(run: Run, workdir: pathlib.Path) -> loop.Result:
     saved = _save_config(run, workdir)
     with jax.set_mesh(mesh):
         loaded = config.load_model(run, mesh)
+        trained, frozen = config.divide(run, loaded.params)
         steps = run.steps * run.updates_per_step()
-        tx = run.optimizer.build(steps, loaded.params)
-        update, stream, prepare = _update(run, loaded, tx, mesh)
+        tx = optimizers.scaled(run.optimizer.build(steps, trained), run.rates, trained)
+        update, stream, prepare = _update(run, loaded, trained, tx, mesh)
         result = loop.train(
-            state.create(loaded.params, tx, mesh),
+            state.create(trained, tx, mesh, frozen=frozen),
             update,
             stream,
             run.loop_settings(),
@@ -111,42 +113,64 @@ def train(run: Run, workdir: pathlib.Path) -> loop.Result:
             describe=functools.partial(_record_ids, run),
         )
         if not result.interrupted:
-            write_model(run, loaded.cfg, result.state.params, workdir / "model")
+            write_model(run, loaded.cfg, result.state.weights, workdir / "model")
     return result
 
 
-def _update(run: Run, loaded: hf.Loaded, tx: optax.GradientTransformation, mesh: Mesh):
+def _update(
+    run: Run,
+    loaded: hf.Loaded,
+    trained: nnx.State,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+):
     """The update of a kind of run, the stream it reads, and what validation does to a batch."""
     builder = config.make_builder(run.model, loaded.cfg, run.data)
     share = {"process": jax.process_index(), "processes": jax.process_count()}
+    temperature = run.rollout.sampling.temperature if isinstance(run, config.PolicyRun) else 1.0
+    train_step = step.make_step(
+        loaded.graph,
+        run.objective,
+        tx,
+        temperature=temperature,
+        drop=lora.drop if run.lora.dropout else None,
+        seed=run.seed,
+    )
+    refer = functools.partial(_reference, run, loaded, trained, mesh)
     if isinstance(run, config.PolicyRun):
-        temperature = run.rollout.sampling.temperature
+        score = step.make_score(loaded.graph, temperature=temperature)
         prompts = iter(pipeline.prompts(run.data, builder, run.seed, **share))
         parts = policy.Parts(
             settings=run.rollout,
             graph=loaded.graph,
             chat=builder.chat,
             stream=policy.Questions(prompts, run.data.pairs),
-            train_step=step.make_step(loaded.graph, run.objective, tx, temperature=temperature),
-            score=step.make_score(loaded.graph, temperature=temperature),
+            train_step=train_step,
+            score=score,
             reward=run.reward,
             advantages=run.advantages,
             budget=run.data.budget,
             mesh=mesh,
-            reference=_reference(run, loaded, mesh) if run.objective.kl_coef else None,
+            reference=refer(score, temperature) if run.objective.kl_coef else None,
+            dropout=run.lora.dropout > 0,
         )
-        return policy.make_update(parts, run.seed), parts.stream, lambda batch: batch
+        return policy.make_update(parts, run.seed), parts.stream, lambda _, batch: batch
     batches = iter(pipeline.batches(run.data, builder, run.seed, **share))
-    train_step = step.make_step(loaded.graph, run.objective, tx)
     if isinstance(run, config.PreferenceRun):
-        score, reference = step.make_score(loaded.graph), _reference(run, loaded, mesh)
-        prepare = lambda batch: batch._replace(ref=score(reference, batch).logp)
-        return loop.preference(train_step, score, reference, mesh), batches, prepare
-    return loop.supervised(train_step, mesh), batches, lambda batch: batch
+        reference = refer(step.make_score(loaded.graph), temperature)
+        prepare = lambda now, batch: batch._replace(ref=reference(now, batch))
+        return loop.preference(train_step, reference, mesh), batches, prepare
+    return loop.supervised(train_step, mesh), batches, lambda _, batch: batch
 
 
-def _reference(run: Run, loaded: hf.Loaded, mesh: Mesh) -> nnx.State:
-    return hf.load(run.reference, mesh=mesh).params if run.reference else loop.frozen(loaded.params)
+def _reference(run: Run, loaded: hf.Loaded, trained: nnx.State, mesh: Mesh, score, temperature):
+    """The run's reference: a folder, or where it starts. `score` is of the model as it is trained;
+    a reference has no adapters."""
+    if run.lora.rank:
+        score = step.make_score(hf.abstract(loaded.cfg)[0], temperature=temperature)
+    if run.reference:
+        return loop.fixed(score, hf.load(run.reference, mesh=mesh).params)
+    return loop.base(score) if run.lora.rank else loop.start(score, trained)
 
 
 def _evaluation(run: Run, loaded: hf.Loaded, mesh: Mesh, prepare) -> loop.Evaluate | None:
@@ -166,7 +190,7 @@ def _evaluation(run: Run, loaded: hf.Loaded, mesh: Mesh, prepare) -> loop.Evalua
     if run.ask is not None:
 
         def asked(state):
-            model = nnx.merge(loaded.graph, state.params)
+            model = nnx.merge(loaded.graph, state.weights)
             return evaluation.scores(evaluation.evaluate(model, builder, run.ask, mesh=mesh))
 
         parts.append(asked)
@@ -193,8 +217,41 @@ def _save_config(run: AnyRun, workdir: pathlib.Path) -> dict[str, Any]:
     return saved
 
 
+def export(workdir: pathlib.Path, out: pathlib.Path, which: str, *, adapter: bool) -> None:
+    """A checkpoint ("last", "best" or a step) of the run in `workdir` as a model folder, adapters
+    merged; or its adapters alone, as a folder that PEFT loads.
+
+    Raises FileNotFoundError without such a checkpoint, ValueError for adapters of a run without.
+    """
+    run = config.read(json.loads((workdir / "config.json").read_text()))
+    if adapter and not run.lora.rank:
+        raise ValueError(f"the run in {workdir} has no adapters (lora.rank 0); leave --adapter out")
+    saver = checkpoint.Checkpoints(workdir / "checkpoints", best=run.best, mode=run.best_mode)
+    named = {"last": saver.latest, "best": saver.best_step}
+    at = named[which]() if which in named else int(which)
+    if at is None:
+        raise FileNotFoundError(f"{workdir} has no {which} checkpoint")
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        if run.lora.rank or run.freeze:
+            loaded = config.load_model(run, mesh)
+        else:  # all of it is in the checkpoint
+            cfg = hf.read_config(run.model)
+            loaded = hf.Loaded(cfg, *hf.abstract(cfg))
+        shapes, frozen = config.divide(run, loaded.params)
+        places = sharding.parameter_shardings(shapes, mesh)
+        params = saver.restore_params(shapes, places, at, frozen=frozen)
+        if adapter:
+            peft.save(out, loaded.cfg, params, run.lora, base=run.model)
+            print(f"wrote {out}")
+        else:
+            write_model(run, loaded.cfg, nnx.merge_state(params, frozen), out)
+
+
 def write_model(run: Run, cfg: Any, params: nnx.State, out: pathlib.Path) -> None:
-    """The model folder; sampling.json in it says which frames the model was trained to see."""
+    """The model folder, adapters merged; sampling.json in it says which frames the model was
+    trained to see."""
+    params = lora.merge(params, run.lora) if run.lora.rank else params
     hf.save(out, cfg, params, like=run.model, dtype=run.export_dtype)
     if jax.process_index() == 0:
         text = json.dumps(dataclasses.asdict(run.data.sampling), indent=1)
@@ -216,3 +273,47 @@ def evaluate(run: EvalRun, workdir: pathlib.Path) -> dict[str, evaluation.Result
                 model, builder, ask, out=out, about=saved, mesh=mesh
             )
     return found
+
+
+def sampling_of(
+    folder: pathlib.Path, cfg: Any, asked: dict[str, Any] | None = None
+) -> frames.Sampling:
+    """Which frames a model sees: as it was trained (the folder's sampling.json), or else two a
+    second, at most 32 of at most 256 tokens. `asked` takes the place of single settings."""
+    path, vision = pathlib.Path(folder) / "sampling.json", cfg.prompting.vision
+    if path.is_file():
+        stored = json.loads(path.read_text())
+    elif vision.size:
+        stored = {"frames": 32, "fps": 2.0, "height": vision.size, "width": vision.size}
+    else:
+        most = 256 * (vision.patch * vision.merge) ** 2
+        stored = {"frames": 32, "fps": 2.0, "height": 0, "width": 0, "max_pixels": most}
+    return frames.Sampling(**stored | (asked or {}))
+
+
+# What a tiny twin's own tokenizer knows as words; all other text is written letter by letter.
+WORDS = (
+    "Answer the question about the clip. What happens? Yes or no?",
+    "The red ball moves left and the blue box moves right, then they collide and a sound is heard.",
+    "It is faster, slower, brighter, darker, louder, silent; at the top, at the bottom, behind.",
+)
+
+
+def tiny(
+    family: str, out: pathlib.Path, *, tokenizer: pathlib.Path | None = None, seed: int = 0
+) -> None:
+    """Write a family's tiny twin: its own classes at laptop size with fresh weights, a tokenizer
+    and a chat template. Every verb that takes a model takes it.
+
+    Raises ValueError for a family that is not known and for a tokenizer without its tokens.
+    """
+    with tempfile.TemporaryDirectory() as made:
+        if tokenizer is None:
+            tokenizer = pathlib.Path(made)
+            found = hf.named(family)
+            special = tuple(dict.fromkeys((*chat.CONTROL, *found.special.values())))
+            markers = hf.tiny_config(family).prompting.markers
+            chat.build_tokenizer(WORDS, 640, tokenizer, special=special, markers=markers)
+        loaded = hf.initialise(hf.tiny_config(family, tokenizer), seed)
+        hf.save(out, loaded.cfg, loaded.params, like=tokenizer, dtype="float32")
+    print(f"wrote {out}")

@@ -25,6 +25,7 @@ RULES = {
     "patch": None,
     "merged": None,
     "head": None,
+    "rank": None,
     "layers": None,
 }
 

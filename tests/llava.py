@@ -40,7 +40,7 @@ COMMON = {
     "video_token_id": VIDEO,
     "bos_token_id": 0,
     "eos_token_id": 1,
-    "compute": Compute(remat=False),
+    "compute": Compute(remat="none"),
 }
 VICUNA = llava.NextVideo(
     text=TEXT,

@@ -36,7 +36,7 @@ CFG = omni.Config(
     bos_token_id=0,
     eos_token_id=1,
     pad_token_id=None,
-    compute=Compute(remat=False),
+    compute=Compute(remat="none"),
 )
 FILM = Medium("video", (3, 4, 4), 1.5, 70)  # frames at 0, 6 and 12; sound up to 16; chunks of 8
 SOUND = Medium("audio", sound=31)  # chunks of 12, 12 and 7 mel frames

@@ -76,7 +76,7 @@ def config(folder) -> qwen25vl.Config:
         vision_start_token_id=ids.vision_start_token_id,
         vision_end_token_id=ids.vision_end_token_id,
         fractional_seconds=True,
-        compute=Compute(remat=False),
+        compute=Compute(remat="none"),
         tied=True,
     )
 

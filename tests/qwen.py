@@ -4,9 +4,11 @@ import dataclasses
 import functools
 
 import numpy as np
+import prompts
 from prompts import filled, quick
 
 from jaxvid.batch import TokenBatch, VisionBatch
+from jaxvid.data.packing import Budget
 from jaxvid.models import decoder, hf, qwen25vl, vision
 from jaxvid.models.layers import Compute
 
@@ -26,8 +28,11 @@ CFG = qwen25vl.Config(
     vision_end_token_id=3,
     bos_token_id=0,
     eos_token_id=1,
-    compute=Compute(remat=False),
+    compute=Compute(remat="none"),
 )
+# As transformers 5 places tokens, whose models find the positions themselves.
+FIVE = dataclasses.replace(CFG, text_after_video="hf5", fractional_seconds=True)
+BUDGET = Budget(rows=2, tokens=64, scored=0, branches=0, frames=4, patches=36, chunks=0)
 GRID = (2, 6, 6)  # windows of 2 x 2 merged tokens on 3 x 3: full, two kinds of partial, a corner
 PADS = 2 * 3 * 3
 B, T, G, R = 2, 36, 2, 6  # one shape for all tests: each compiles once
@@ -73,6 +78,18 @@ def rows(*each):
 
 def plain(ids, cfg=CFG):
     return ids, qwen25vl.positions(ids, [GRID], [0.5], cfg), np.full(len(ids), len(ids))
+
+
+def their_inputs(trees, media, cfg=FIVE):
+    """One left-padded batch of trees with their media."""
+    import torch
+
+    out = prompts.their_inputs(cfg, trees, media)
+    ids = out["input_ids"]
+    out["mm_token_type_ids"] = (ids == cfg.image_token_id) + 2 * (ids == cfg.video_token_id)
+    if seconds := [m.seconds for ms in media for m in ms if m.kind == "video"]:
+        out["second_per_grid_ts"] = torch.tensor(seconds)
+    return out
 
 
 def published(size="7B", **changes):

@@ -26,7 +26,7 @@ def _key(k):
 
 
 def fresh(cfg=CFG):
-    graph, params = nnx.split(audio.Tower(cfg, Compute(remat=False), rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(audio.Tower(cfg, Compute(remat="none"), rngs=nnx.Rngs(0)))
     r = np.random.default_rng(1)  # biases and norms are not 0 and 1, so that a lost one shows
     noisy = lambda path, x: (
         x if "w" in map(_key, path) else x + 0.1 * r.standard_normal(x.shape).astype(np.float32)

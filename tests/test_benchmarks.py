@@ -9,10 +9,12 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import attention as attention_script
 from benchmarks import flops, measure
+from benchmarks import load as load_script
 from benchmarks import logprob as logprob_script
 from benchmarks import step as step_script
 from benchmarks import tree as tree_script
 from jaxvid import sharding
+from jaxvid.models import hf
 from jaxvid.ops.attention import attention
 from jaxvid.ops.logprob import logprob
 
@@ -117,6 +119,21 @@ def test_attention_script(capsys):
     table = cells(capsys)
     assert table["gradients, largest relative difference"][2].startswith("yes")
     assert float(table["T = 64: peak resident memory of the process, GiB"][0]) > 0.05
+
+
+def test_load_script(tmp_path, capsys, monkeypatch):
+    """In this process: a folder, one loading of it, and a table."""
+    own = {"own": 2**20, "above": 2**19, "largest": 2**20, "seconds": 1.0}
+    asked = []
+    monkeypatch.setattr(load_script, "run", lambda folder, n: asked.append((folder, n)) or own)
+    small = ["--layers", "2", "--width", "256", "--ffn", "64", "--vocab", "128"]
+    load_script.main(["--folder", str(tmp_path / "m"), *small])
+    table = cells(capsys)
+    assert table["2 processes: above its weights, MiB"][2].startswith("yes")
+    assert [n for _, n in asked] == [1, 2]
+    loaded = hf.load(tmp_path / "m", mesh=sharding.make_mesh())
+    whole = hf.load(tmp_path / "m")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, whole.params)
 
 
 def test_a_process_that_fails_is_told():

@@ -88,7 +88,9 @@ def test_env(capsys):
 
 
 def test_saved_run_reads_back(recipe):
-    run = runs.load_config(recipe, ["--optimizer.warmup", "3"])
+    flags = ["--optimizer.warmup", "3", "--lora.rank", "4", "--rates", "lora.a", "2", "lora.b", "3"]
+    run = runs.load_config(recipe, flags)
+    assert run.rates == (("lora.a", 2.0), ("lora.b", 3.0)) and run.lora.rank == 4
     text = json.dumps(config.plain(run))
     assert config.read(json.loads(text)) == run
     other = json.loads(json.dumps(config.plain(dataclasses.replace(run, steps=7))))

@@ -22,7 +22,7 @@ SEGMENT = np.array([[1] * 7 + [0] * 2, [1] * 4 + [2] * 5])
 def noisy(cfg):
     """An encoder of small numbers everywhere, so that a lost one shows; compiles nothing."""
     r = np.random.default_rng(7)
-    build = lambda: encoder.Encoder(cfg, Compute(remat=False), rngs=nnx.Rngs(0))
+    build = lambda: encoder.Encoder(cfg, Compute(remat="none"), rngs=nnx.Rngs(0))
     graph, params = nnx.split(nnx.eval_shape(build))
     draw = lambda x: jnp.asarray(0.2 * r.standard_normal(x.shape).astype(np.float32))
     return nnx.merge(graph, jax.tree.map(draw, params))
@@ -126,7 +126,7 @@ def towers(cfg, activation, frames):
     theirs.load_state_dict({k: torch.from_numpy(x) for k, x in state.items()})
     where = Places()
     vit.places(where, cfg, (), "tower")
-    build = lambda: vit.Tower(cfg, Compute(remat=False), rngs=nnx.Rngs(0))
+    build = lambda: vit.Tower(cfg, Compute(remat="none"), rngs=nnx.Rngs(0))
     ours = filled(build, where, lambda name: state[name.removeprefix("tower.")])
     seen = shown(cfg, frames)
     images = torch.tensor(pixels(cfg, seen.patches[0]))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import json
 
 import jax
@@ -26,10 +27,13 @@ from llava import (
     rows,
     video,
 )
+from PIL import Image
 from towers import drawn, filled, pixels
 
+from jaxvid.data import chat, layout, media, pipeline
 from jaxvid.models import decoder, hf, llava
 from jaxvid.models.decoder import empty_branches
+from jaxvid.prompting import Vision
 
 # --- transformers is the oracle
 
@@ -355,9 +359,16 @@ def test_published_models_have_their_size(name, tmp_path):
 
 
 def test_frames_of_the_published_models_have_their_tokens():
-    clip = lambda cfg: len(cfg.prompting.expand(video(cfg, 8), list).ids)
-    assert clip(parse(NEXT)) == 8 * 144
-    assert clip(parse(PUBLISHED["onevision-7b"][0])) == 8 * 196 + 1
+    one = Vision(patch=14, temporal=1, merge=1, window=0)
+    for name, size, fit, pooled, extra in (
+        ("next-video-7b", 336, "crop", 144, 0),
+        ("onevision-7b", 384, "exact", 196, 1),
+    ):
+        cfg = parse(PUBLISHED[name][0])
+        assert len(cfg.prompting.expand(video(cfg, 8), list).ids) == 8 * pooled + extra
+        slots = (size // 14) ** 2 + pooled
+        want = dataclasses.replace(one, size=size, fit=fit, pooled=slots)
+        assert cfg.prompting.vision == want
 
 
 @pytest.mark.parametrize("cfg", CONFIGS.values(), ids=list(CONFIGS))
@@ -492,6 +503,34 @@ def test_media_that_do_not_fit_are_refused():
     medium = image(cfg, 1 + int(np.prod(cfg.prompting.tiles(size).grid)))._replace(size=size)
     with pytest.raises(ValueError, match="has 108 x 108 features; .* Turn down the image size"):
         cfg.prompting.expand(medium, list)
+
+
+@pytest.mark.parametrize("cfg", [VICUNA, ONEVISION], ids=["next-video", "onevision"])
+def test_data_puts_the_features_in_place(cfg, tmp_path):
+    special = (*chat.SPECIAL, "<image>", "<video>")
+    video_id, image_id = special.index("<video>"), special.index("<image>")
+    prompting = dataclasses.replace(cfg.prompting, video_token_id=video_id, image_token_id=image_id)
+    chat.build_tokenizer(["a b"], 320, tmp_path, special=special, markers=prompting.markers)
+    said = chat.Chat(tmp_path, prompting.markers)
+    side, square = cfg.vision.side, cfg.vision.side**2
+    budget = layout.Budget(rows=1, tokens=96, scored=0, branches=0, frames=3, patches=square)
+    sampling = media.Sampling(frames=2, height=cfg.vision.image, width=cfg.vision.image)
+    how = pipeline.Data(shards=("none",), tasks=("policy",), budget=budget, sampling=sampling)
+    build = pipeline.Builder(said, prompting, how)
+    shown = np.random.default_rng(0).integers(0, 256, (2, 40, 60, 3)).astype(np.uint8)
+    Image.fromarray(shown[0]).save(file := io.BytesIO(), "PNG")
+    for count, data, token in (
+        (2, media.encode(shown, 2.0), video_id),
+        (1, file.getvalue(), image_id),
+    ):
+        clip = build.clip(data, "clip", how)
+        assert clip.medium.grid == (count, side, side) and clip.medium.size == (40, 60)
+        tokens, vision, _ = layout.prompts([build.tree("r", clip, "a b", ())], budget)
+        at = tokens.tokens[0] == token
+        want = prompting.expand(clip.medium, list).vision
+        assert tokens.media[0, at].tolist() == want.tolist() and not tokens.media[0, ~at].any()
+        assert vision.patches.shape == (1, 3, square, cfg.vision.patch_values)
+        assert vision.window[0].sum(1).tolist() == [square] * count + [0] * (3 - count)
 
 
 # --- one layer of the decoder at true width

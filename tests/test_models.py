@@ -14,6 +14,7 @@ from jaxvid import sharding
 from jaxvid.batch import VisionBatch
 from jaxvid.models import decoder, hf, layers, qwen25vl
 from jaxvid.models.layers import Compute
+from jaxvid.ops import attention
 
 # --- positions
 
@@ -115,18 +116,51 @@ def test_remat_unroll_and_parts_change_nothing_and_bfloat16_little():
 
     def gradient(params, **settings):
         graph, _ = hf.abstract(
-            dataclasses.replace(loaded.cfg, compute=Compute(**{"remat": False, **settings}))
+            dataclasses.replace(loaded.cfg, compute=Compute(**{"remat": "none", **settings}))
         )
         state = lambda p: nnx.merge(graph, p).hidden(tokens, seen).astype(jnp.float32)
         loss = lambda p: (jnp.abs(state(p)) ** 3).mean()
         return jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(params)
 
     want = gradient(loaded.params)
-    got = gradient(loaded.params, remat=True, unroll=2, ffn_parts=2)
+    got = gradient(loaded.params, remat="full", unroll=2, ffn_parts=2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), got, want)
-    rough, gradients = gradient(loaded.params, dtype="bfloat16", remat=True)
+    rough, gradients = gradient(loaded.params, dtype="bfloat16", remat="full")
     np.testing.assert_allclose(rough, want[0], rtol=0.05)
     assert {x.dtype for x in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
+
+
+def test_kinds_of_remat_give_the_same_gradient_and_keep_what_they_say(monkeypatch):
+    """On two layers of attention, as of a long row, and MLP: the gradient, and how many products
+    the backward pass makes again."""
+    monkeypatch.setattr(attention, "LONG", 8)
+    monkeypatch.setattr(attention, "BLOCK", 8)
+    cfg = decoder.Config(
+        layers=2, width=16, ffn=24, heads=2, kv_heads=1, vocab=8, rope_sections=(1, 1, 2)
+    )
+    T = 16
+    x = jax.random.normal(jax.random.key(0), (1, T, 16))
+    at = jnp.arange(T)[None]
+    inputs = (x, jnp.tile(at[:, None], (1, 3, 1)), jnp.full((1, T), T), at)
+    _, params = nnx.split(decoder.Decoder(cfg, Compute(), rngs=nnx.Rngs(0)))
+    found, products = {}, {}
+    for name in layers.REMAT:
+        make = lambda name=name: decoder.Decoder(cfg, Compute(remat=name), rngs=nnx.Rngs(0))
+        graph, _ = nnx.split(nnx.eval_shape(make))
+        loss = lambda p, graph=graph: (nnx.merge(graph, p)(*inputs)[0] ** 3).mean()
+        compiled = jax.jit(jax.grad(loss)).lower(params).compile(compiler_options=QUICK)
+        found[name], products[name] = compiled(params), compiled.as_text().count(" dot(")
+    for got in found.values():
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+        jax.tree.map(close, got, found["none"])
+    again = {name: n - products["none"] for name, n in products.items()}
+    assert again["offload"] == again["full"] and min(again["dots"], again["attention"]) > 0
+    # Kept are the six products with weights whose results something needs (mlp.down's is a sum's),
+    # or attention's, which `full` makes twice: for its result, and for each block's derivative.
+    assert again["full"] - again["dots"] == 6
+    assert again["full"] - again["attention"] >= 2
+    with pytest.raises(ValueError, match="remat='all' is not known; choose one of .*'attention'"):
+        Compute(remat="all")
 
 
 @pytest.mark.parametrize("inputs, outputs", [((6,), (2, 3)), ((2, 3), (5,))])

@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from toy import toy
+from nets import net
+from toy import Stream, assert_same, mesh_of, toy
 
-from jaxvid.train import optimizers
+from jaxvid.objectives.sft import SFT
+from jaxvid.train import loop, metrics, optimizers, step
+from jaxvid.train import state as states
 
 
 @pytest.mark.parametrize(
@@ -59,3 +62,62 @@ def test_learning_rates():
     np.testing.assert_allclose(found, [0.25, 0.5, 1.0, 1.0, 0.75, 0.5])
     with pytest.raises(ValueError, match="warmup of 12 steps.*--optimizer.warmup"):
         optimizers.Muon(warmup=12).rate(12)
+
+
+@pytest.mark.parametrize("optimizer", [optimizers.Muon, optimizers.AdamW, optimizers.Adafactor])
+def test_parts_of_the_model_have_rates_of_their_own(optimizer):
+    """A part steps as it would plainly, times its factor; the last pattern that fits counts."""
+    _, params = toy()
+    plain = optimizer(lr=0.1, warmup=2, weight_decay=0.01, clip=1.0).build(6, params)
+    tx = optimizers.scaled(plain, (("up|down|table", 0.5), ("down", 0.1)), params)
+    want, found = plain.init(params), tx.init(params)
+    for n in range(2):
+        grads = jax.tree.map(lambda x, n=n: jax.random.normal(jax.random.key(n), x.shape), params)
+        moved, want = plain.update(grads, want, params)
+        scaled, found = tx.update(grads, found, params)
+        for name, factor in dict(up=0.5, table=0.5, down=0.1, scale=1.0).items():
+            np.testing.assert_allclose(scaled[name][...], factor * moved[name][...], rtol=1e-6)
+            assert np.abs(moved[name][...]).max() > 0
+
+
+def test_rates_are_checked():
+    _, params = toy()
+    tx = optimizers.AdamW().build(6, params)
+    assert optimizers.scaled(tx, (), params) is tx
+    with pytest.raises(ValueError, match="rates: 'tower' fits nothing.*There are: down, scale"):
+        optimizers.scaled(tx, (("tower", 0.1),), params)
+    with pytest.raises(ValueError, match="a factor must be above 0; to keep a part still, freeze"):
+        optimizers.scaled(tx, (("up", 0.0),), params)
+
+
+def test_rates_are_logged_and_part_of_a_resumed_run(tmp_path):
+    """Of weights frozen there is no rate; a run cut in two ends as one that was not."""
+    rates, optimizer = (("norm", 0.1), ("table", 2.0)), optimizers.AdamW(lr=1e-2)
+    graph, params = net()
+    with pytest.raises(ValueError, match="'blocks' fits nothing"):
+        optimizers.scaled(optimizer.build(4, params), (("blocks", 0.1),), net_parts()[0])
+    tx = optimizers.scaled(optimizer.build(4, net_parts()[0]), rates, net_parts()[0])
+    train_step, mesh, found = step.make_step(graph, SFT(), tx), mesh_of(), []
+    with jax.set_mesh(mesh):
+        for folder, cuts in ((tmp_path / "whole", (4,)), (tmp_path / "cut", (2, 4))):
+            for steps in cuts:
+                trained, frozen = net_parts()
+                result = loop.train(
+                    states.create(trained, tx, mesh, frozen=frozen),
+                    loop.supervised(train_step, mesh),
+                    Stream(),
+                    loop.Settings(steps=steps, log_every=1, rates=rates),
+                    folder,
+                    rate=optimizer.rate(4),
+                )
+            found.append(jax.tree.map(np.array, result.state))
+    assert_same(*found)
+    for line in metrics.read(tmp_path / "cut"):
+        for pattern, factor in rates:
+            want = factor * line["learning_rate"]
+            assert line[f"learning_rate/{pattern}"] == pytest.approx(want)
+
+
+def net_parts():
+    """(trained, frozen) of the small net with its MLPs frozen."""
+    return states.split(net()[1], freeze=("blocks",))

@@ -207,7 +207,7 @@ class Run:
             Duality(),
             self.builder.data.budget,
             self.mesh,
-            self.start,
+            loop.fixed(self.score, self.start),
         )
 
     def train(self, workdir, steps, **settings):

@@ -12,17 +12,14 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 from prompts import CLIP, IMAGE, MUTE, QUICK, filled, model, rows, run_theirs, tree, worst
-from qwen import CFG, TOWER, fresh, published, tower
+from qwen import BUDGET, CFG, FIVE, TOWER, fresh, published, their_inputs, tower
 
 from jaxvid import sharding
 from jaxvid.data import layout
-from jaxvid.data.packing import Budget
 from jaxvid.models import hf, qwen25vl, weights
 from jaxvid.prompting import Medium
 
 NO_TORCH = "the oracle: pip install jaxvid[oracle]"
-BUDGET = Budget(rows=2, tokens=64, scored=0, branches=0, frames=4, patches=36, chunks=0)
-FIVE = dataclasses.replace(CFG, text_after_video="hf5", fractional_seconds=True)
 
 
 class Exported:
@@ -55,18 +52,6 @@ def window(tmp_path_factory):
 @pytest.fixture(scope="module", params=["whole", "window"])
 def oracle(request):
     return request.getfixturevalue(request.param)
-
-
-def their_inputs(trees, media, cfg=FIVE):
-    """One left-padded batch of trees with their media."""
-    import torch
-
-    out = prompts.their_inputs(cfg, trees, media)
-    ids = out["input_ids"]
-    out["mm_token_type_ids"] = (ids == cfg.image_token_id) + 2 * (ids == cfg.video_token_id)
-    if seconds := [m.seconds for ms in media for m in ms if m.kind == "video"]:
-        out["second_per_grid_ts"] = torch.tensor(seconds)
-    return out
 
 
 # --- states

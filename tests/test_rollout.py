@@ -29,7 +29,7 @@ CONFIG = qwen25vl.Config(
         layers=2, width=16, ffn=24, heads=2, out=32, full=(1,), patch=4, temporal=2, window=16
     ),
     video_token_id=PAD_ID,
-    compute=Compute(remat=False),
+    compute=Compute(remat="none"),
 )
 
 

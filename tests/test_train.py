@@ -135,7 +135,8 @@ def test_preference_reference_is_frozen():
     with jax.set_mesh(mesh):
         reference = loop.frozen(params)
         before = jax.tree.map(np.array, reference)
-        update = loop.preference(train_step, step.make_score(graph), reference, mesh)
+        refer = loop.fixed(step.make_score(graph), reference)
+        update = loop.preference(train_step, refer, mesh)
         state = states.create(params, tx, mesh)
         margins = []
         for _ in range(4):

@@ -59,7 +59,7 @@ def small():
         tied=True,
         image_token_id=1,
         video_token_id=2,
-        compute=Compute(remat=False),
+        compute=Compute(remat="none"),
     )
 
 

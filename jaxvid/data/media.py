@@ -94,7 +94,7 @@ def plan(data: bytes, sampling: Sampling, vision: Vision = QWEN) -> Plan:
         size=size,
         grid=patches,
         seconds=told.total / told.rate / n * t,
-        times=(indices[::t] + indices[last]) / 2 / told.rate,
+        times=(indices[::t] / told.rate + indices[last] / told.rate) / 2,  # as transformers rounds
         sound=heard,
     )
 

@@ -85,7 +85,7 @@ class Builder:
 
     chat: Chat
     prompting: Prompting
-    data: Data
+    data: Data | None  # None: clips alone are read, no records
     # What is done to a clip's frames before they are cut into patches (evaluation controls).
     frames: Callable[[UInt8[np.ndarray, "F h w 3"], str], UInt8[np.ndarray, "F h w 3"]] | None = (
         None
@@ -188,7 +188,8 @@ class Builder:
             )
         heard = family.sound is not None and bool(told.sound) and (how.sound or not told.rate)
         frames = sound.mel_frames(round(told.sound * family.sound.rate)) if heard else 0
-        medium = Medium(told.kind, told.grid, told.seconds, frames, told.original)
+        times = tuple(told.times.tolist())
+        medium = Medium(told.kind, told.grid, told.seconds, frames, told.original, times)
         self._check_length(where, medium)
         patches = chunks = lengths = None
         if told.kind != "audio":

@@ -178,7 +178,7 @@ class Decoder(nnx.Module):
             return (x, KV(*written)), None
 
         layers = jnp.arange(prompt.k.shape[0])
-        compute = dataclasses.replace(self.compute, remat=False)
+        compute = dataclasses.replace(self.compute, remat="none")
         extras = (layers, prompt.k, prompt.v)
         (x, branch), _ = scan(layer, (x, branch), self.blocks, extras, compute)
         return self.norm(x), branch

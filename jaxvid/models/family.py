@@ -44,6 +44,8 @@ class Family:
     special: Mapping[str, str]  # field of the config -> the special token whose id it is
     tiny: Callable[[int, dict[str, int]], Any]  # (vocab, ids of `special`) -> Config, laptop size
     preprocessor: Callable[[Any], dict[str, Any]]  # cfg -> preprocessor_config.json
+    # A tensor's name as transformers' module has it, from hub_name's; without it no PEFT adapter.
+    module_name: Callable[[str], str] | None = None
 
 
 class Reader:

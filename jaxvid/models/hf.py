@@ -12,6 +12,7 @@ import json
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +22,8 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxvid import sharding
-from jaxvid.models import llava, omni, qwen25vl, weights
+from jaxvid import paths, sharding
+from jaxvid.models import llava, omni, qwen3vl, qwen25vl, weights
 from jaxvid.models.family import Family
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
@@ -43,13 +44,13 @@ COMPANIONS = (  # what stands beside the weights and is copied by `save`
 )
 
 
-FAMILIES = (qwen25vl.FAMILY, omni.FAMILY, *llava.FAMILIES)
+FAMILIES = (qwen25vl.FAMILY, qwen3vl.FAMILY, omni.FAMILY, *llava.FAMILIES)
 
 
 class Loaded(NamedTuple):
     cfg: Any  # the family's Config
     graph: nnx.GraphDef
-    params: nnx.State  # float32 masters
+    params: nnx.State  # float32 masters; what is frozen may be bfloat16
 
 
 def family_of(cfg: Any) -> Family:
@@ -140,14 +141,17 @@ def _leaves(params: nnx.State) -> list[tuple[tuple[str, ...], nnx.Variable]]:
     return [(_path(key_path), v) for key_path, v in leaves]
 
 
-def _slices(bounds: tuple[tuple[int, int], ...]) -> tuple[slice, ...]:
-    return tuple(slice(*b) for b in bounds)
-
-
-def load(folder: str | pathlib.Path, *, mesh: Mesh | None = None, dtype: str = "float32") -> Loaded:
+def load(
+    folder: str | pathlib.Path,
+    *,
+    mesh: Mesh | None = None,
+    dtype: str | Callable[[str], str] = "float32",
+) -> Loaded:
     """Read a model folder. On a mesh the weights come sharded, and no host reads all of them.
 
-    Raises ValueError naming all that is wrong: with config.json, or else with files and tensors.
+    `dtype` is of all weights, or a function that gives it for a weight's path
+    ("decoder.blocks.attention.q.w"). Raises ValueError naming all that is wrong: with config.json,
+    or else with files and tensors.
     """
     cfg = read_config(folder)
     family, (graph, shapes) = family_of(cfg), abstract(cfg)
@@ -159,7 +163,8 @@ def load(folder: str | pathlib.Path, *, mesh: Mesh | None = None, dtype: str = "
         weights.check(files, where, each, ignored)
 
         def read(path, shape, index):
-            place, kind = where[path], DTYPES[dtype]
+            place = where[path]
+            kind = DTYPES[dtype if isinstance(dtype, str) else dtype(paths.join(path))]
             if "{}" not in place.name:
                 return files.weight(place, shape, index, 0).astype(kind)
             layers = range(*index[0].indices(shape[0]))
@@ -174,10 +179,17 @@ def load(folder: str | pathlib.Path, *, mesh: Mesh | None = None, dtype: str = "
             return v.replace(jax.numpy.asarray(read(_path(key_path), v.shape, index)))
 
         def sharded(key_path, v, s):
-            # Devices that hold the same piece share one reading of it.
-            fetch = functools.cache(lambda *bounds: read(_path(key_path), v.shape, _slices(bounds)))
-            piece = lambda index: fetch(*(s.indices(d)[:2] for s, d in zip(index, v.shape)))
-            return v.replace(jax.make_array_from_callback(v.shape, s.get_value(), piece))
+            # Piece by piece, each read once and gone from the host when its devices have it.
+            holders: dict[tuple, list] = {}
+            for device, index in s.get_value().addressable_devices_indices_map(v.shape).items():
+                bounds = tuple(cut.indices(d)[:2] for cut, d in zip(index, v.shape))
+                holders.setdefault(bounds, []).append(device)
+            parts = []
+            for bounds, devices in holders.items():
+                piece = read(_path(key_path), v.shape, tuple(slice(*b) for b in bounds))
+                parts += jax.block_until_ready([jax.device_put(piece, d) for d in devices])
+            array = jax.make_array_from_single_device_arrays(v.shape, s.get_value(), parts)
+            return v.replace(array)
 
         is_weight = lambda v: isinstance(v, nnx.Variable)
         if mesh is None:

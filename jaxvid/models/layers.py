@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxvid import sharding
@@ -19,19 +20,38 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 
+# What of a layer is kept for the backward pass, by name; its input always is.
+_POLICIES = jax.checkpoint_policies
+REMAT = {
+    "none": None,  # everything is kept, nothing computed again
+    "full": _POLICIES.nothing_saveable,  # nothing is kept: least memory, one more forward pass
+    "dots": _POLICIES.dots_with_no_batch_dims_saveable,  # products with weights are kept
+    # Attention's outputs are kept: for rows of over 2,048 tokens, and for kernels; shorter ones
+    # have to make most of it again.
+    "attention": _POLICIES.save_only_these_names("attention"),
+    "offload": _POLICIES.save_and_offload_only_these_names(  # as "full", the input kept by the host
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compute:
     """How a model runs; nothing here changes what it computes, only precision, memory and time."""
 
     dtype: str = "float32"  # of activations; weights stay float32
-    remat: bool = True  # recompute a layer in the backward pass instead of keeping its inside
+    remat: str = "full"  # what is kept of a layer: none (all), full, dots, attention or offload
     unroll: int = 1  # layers per iteration of the scan
     ffn_parts: int = 1  # of an MLP, summed one after the other: one is in memory at a time
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is not known; choose one of {DTYPES}")
+        if self.remat not in REMAT:
+            raise ValueError(f"remat={self.remat!r} is not known; choose one of {tuple(REMAT)}")
         if self.unroll < 1:
             raise ValueError(f"unroll={self.unroll} must be at least 1")
         if self.ffn_parts < 1:
@@ -44,30 +64,41 @@ class Compute:
 def matmul(x: Float[Array, "R I"], w: Array, axes: tuple[str, ...]) -> Float[Array, "R O"]:
     """x w in x's dtype; w[inputs + outputs] has the logical `axes`. Its derivative is written out
     because the automatic one multiplies transposed copies on CPU (1.7x the time of an MLP), to have
-    w's gradient in float32, and to leave it where w lies. w is gathered as it is multiplied, in
-    x's dtype."""
-    return x @ _whole(x, w, axes)
+    w's gradient in w's type, and to leave it where w lies. w is gathered as it is multiplied, in
+    x's dtype. Where w is not differentiated, x is not kept and no gradient of w is computed."""
+    return _product(x, w, axes)
 
 
-def _whole(x, w, axes):
-    return sharding.pin_weight(cast(w, x.dtype), axes, whole=True).reshape(x.shape[1], -1)
+def _product(x, w, axes):
+    return x @ _whole(w, axes, x.dtype).reshape(x.shape[1], -1)
+
+
+def _whole(w, axes, dtype):
+    return sharding.pin_weight(cast(w, dtype), axes, whole=True)
 
 
 def _matmul_forward(x, w, axes):
-    return matmul(x, w, axes), (x, w)
+    # The plain product: policies of rematerialisation know it, and `matmul` they do not.
+    return _product(x.value, w.value, axes), (x.value if w.perturbed else None, w.value)
 
 
 def _matmul_backward(axes, kept, dy):
     x, w = kept
-    dw = jnp.matmul(x.T, dy, preferred_element_type=w.dtype).reshape(w.shape)
-    return dy @ _whole(x, w, axes).T, sharding.pin_weight(dw, axes, whole=False)
+    dx, dw = dy @ _whole(w, axes, dy.dtype).reshape(-1, dy.shape[1]).T, None
+    if x is not None:
+        dw = jnp.matmul(x.T, dy, preferred_element_type=w.dtype).reshape(w.shape)
+        dw = sharding.pin_weight(dw, axes, whole=False)
+    return dx, dw
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
 
 
 class Linear(nnx.Module):
-    """y = x w + b over the trailing `inputs` of x: w[inputs + outputs], b[outputs]."""
+    """y = x w + b over the trailing `inputs` of x: w[inputs + outputs], b[outputs].
+
+    `lora` is None or what models/lora.py attaches: a function of x to be added.
+    """
 
     def __init__(
         self,
@@ -88,11 +119,15 @@ class Linear(nnx.Module):
             self.b = nnx.Param(jnp.zeros(outputs, jnp.float32), axes=names[len(inputs) :])
         else:
             self.b = None
+        self.lora = nnx.data(None)
 
     def __call__(self, x: Array) -> Array:
         w, n = self.w[...], self.contracted
         rows, inputs, outputs = x.shape[: x.ndim - n], math.prod(w.shape[:n]), w.shape[n:]
-        y = matmul(x.reshape(-1, inputs), w, self.axes)
+        flat = x.reshape(-1, inputs)
+        y = matmul(flat, w, self.axes)
+        if self.lora is not None:
+            y = y + self.lora(flat)
         if self.b is not None:
             y = y + self.b[...].astype(x.dtype).reshape(1, -1)
         return y.reshape(*rows, *outputs)
@@ -187,6 +222,11 @@ class GatedMLP(nnx.Module):
                 f"an ffn of {ffn} over {ways} devices does not divide into {parts} parts without "
                 "bias; set ffn_parts to a divisor, or to 1"
             )
+        if self.down.lora is not None and self.down.lora.noise is not None:
+            raise ValueError(
+                "dropout before mlp.down needs all of the ffn at once; set ffn_parts to 1, "
+                "lora.dropout to 0, or leave mlp.down out of lora.targets"
+            )
 
         def cut(w, axis):
             """[parts, ...]: of every device's stretch of the ffn, one part."""
@@ -195,17 +235,29 @@ class GatedMLP(nnx.Module):
             return jnp.moveaxis(w.reshape(shape), axis + 1, 0).reshape(parts, *part)
 
         rows = x.reshape(-1, x.shape[-1])
+        given, into = (self.gate, self.up), self.down  # in parts of their outputs; of its inputs
+        low = [None if m.lora is None else m.lora.reduce(rows) for m in given]
 
         @jax.checkpoint
-        def part(y, weights):
-            gate, up, down = weights
-            inside = jax.nn.silu(matmul(rows, gate, self.gate.axes)) * matmul(
-                rows, up, self.up.axes
-            )
-            return y + matmul(inside, down, self.down.axes).astype(y.dtype), None
+        def part(sums, weights):
+            whole, (y, z) = [], sums
+            for m, r, (w, b) in zip(given, low, weights[:2]):
+                out = matmul(rows, w, m.axes)
+                whole.append(out if r is None else out + m.lora.expand(r, b))
+            inside = jax.nn.silu(whole[0]) * whole[1]
+            w, a = weights[2]
+            y = y + matmul(inside, w, into.axes).astype(y.dtype)
+            return (y, z if a is None else z + into.lora.reduce(inside, a).astype(z.dtype)), None
 
-        weights = (cut(self.gate.w[...], 1), cut(self.up.w[...], 1), cut(self.down.w[...], 0))
-        y, _ = jax.lax.scan(part, jnp.zeros(rows.shape, jnp.float32), weights)
+        def cuts(m, axis, side):
+            return cut(m.w[...], axis), None if m.lora is None else cut(side(m.lora)[...], axis)
+
+        weights = [cuts(m, 1, lambda lora: lora.b) for m in given]
+        weights.append(cuts(into, 0, lambda lora: lora.a))
+        z = None if into.lora is None else jnp.zeros((len(rows), into.lora.rank), jnp.float32)
+        (y, z), _ = jax.lax.scan(part, (jnp.zeros(rows.shape, jnp.float32), z), weights)
+        if z is not None:
+            y = y + into.lora.expand(z.astype(x.dtype)).astype(y.dtype)
         return y.reshape(x.shape).astype(x.dtype)
 
 
@@ -244,8 +296,8 @@ def scan(body, carry, modules: nnx.Module, extras, compute: Compute):
 
     def layer(carry, scanned):
         w, extra = scanned
-        return body(carry, nnx.merge(graph, w), extra)
+        return body(checkpoint_name(carry, "layer"), nnx.merge(graph, w), extra)
 
-    if compute.remat:
-        layer = jax.checkpoint(layer)
+    if compute.remat != "none":
+        layer = jax.checkpoint(layer, policy=REMAT[compute.remat])
     return jax.lax.scan(layer, carry, (weights, extras), unroll=compute.unroll)

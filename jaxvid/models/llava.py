@@ -16,7 +16,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +33,17 @@ from jaxvid.prompting import Vision
 
 IGNORED = {  # of config.json: for the processor, or of models that this is not
     "": [
-        *text_config.IGNORED,
+        *text_config.COMMON,
         *("ignore_index image_seq_length video_seq_length use_image_newline_parameter").split(),
         "vocab_size",
     ],
-    "vision": [*text_config.IGNORED, "projection_dim", "initializer_factor", "vocab_size"],
+    "vision": [
+        *text_config.COMMON,
+        "model_type",
+        "projection_dim",
+        "initializer_factor",
+        "vocab_size",
+    ],
 }
 VISION_NAMES = {
     "layers": "num_hidden_layers",
@@ -130,6 +136,7 @@ class Config:
     architecture: ClassVar[str]  # transformers' class
     tower: ClassVar[str]  # kind of tower
     plain: ClassVar[str]  # kind of decoder of a file that does not say
+    fit: ClassVar[Literal["crop", "exact"]]  # how a frame becomes a square
     defaults: ClassVar[dict[str, Any]]
 
     def __post_init__(self):
@@ -161,6 +168,7 @@ class Config:
                 merge=1,
                 window=0,
                 size=tower.image,
+                fit=self.fit,
                 pooled=tower.side**2 + self.pooled**2,
             ),
             pinpoints=self.pinpoints,
@@ -272,6 +280,7 @@ class NextVideo(Config):
     architecture = "LlavaNextVideoForConditionalGeneration"
     tower = "clip"
     plain = "llama"
+    fit = "crop"
     defaults = NEXT_VIDEO
 
     @property
@@ -296,6 +305,7 @@ class OneVision(Config):
     architecture = "LlavaOnevisionForConditionalGeneration"
     tower = "siglip"
     plain = "qwen2"
+    fit = "exact"
     defaults = ONEVISION
 
     @property
@@ -371,6 +381,14 @@ def hub_name(name: str) -> str:
     return re.sub(r"^lm_head\.", "language_model.lm_head.", name)
 
 
+def module_name(name: str) -> str:
+    """A tensor's name as transformers' module has it, from the hub's."""
+    name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
+    name = re.sub(r"^language_model\.model\.", "model.language_model.", name)
+    name = re.sub(r"^vision_tower\.vision_model\.", "model.vision_tower.", name)
+    return re.sub(r"^(?=multi_modal_projector|image_newline)", "model.", name)
+
+
 def _tiny(kind: str, vocab: int) -> decoder.Config:
     return decoder.Config(
         layers=4,
@@ -394,7 +412,7 @@ def tiny_next_video(vocab: int, ids: dict[str, int]) -> NextVideo:
         vision=tower,
         decoder_kind="llama",
         pinpoints=((48, 96), (96, 48), (96, 96)),
-        compute=Compute(remat=False, unroll=4),
+        compute=Compute(remat="none", unroll=4),
         **ids,
     )
 
@@ -420,7 +438,7 @@ def tiny_onevision(vocab: int, ids: dict[str, int]) -> OneVision:
         decoder_kind="qwen2",
         pinpoints=((48, 48), (48, 96), (96, 48), (96, 96)),
         tied=True,
-        compute=Compute(remat=False, unroll=4),
+        compute=Compute(remat="none", unroll=4),
         **ids,
     )
 
@@ -446,6 +464,7 @@ def _family(config: type[Config], special: dict[str, str], tiny: Callable[..., C
         model=LLaVA,
         places=places,
         hub_name=hub_name,
+        module_name=module_name,
         ignored=(r"vision_tower\.vision_model\.embeddings\.position_ids",),
         special=special | {"image_token_id": "<image>", "video_token_id": "<video>"},
         tiny=tiny,

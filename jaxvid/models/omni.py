@@ -22,26 +22,12 @@ from jaxvid.models import audio, decoder, encoder, qwen25vl, vision
 from jaxvid.models.family import Family, Place, Places, Reader, decoder_places, refuse
 from jaxvid.models.layers import Compute
 from jaxvid.models.multimodal import Features, Multimodal
+from jaxvid.models.text_config import COMMON
 from jaxvid.prompting import Medium, Placed, Sound, Vision
 
 FULL = "qwen2_5_omni"  # model_type of a checkpoint with all parts
 FRAMES_PER_SECOND = 100  # log-mel frames
 
-# What every section of a config.json written by transformers 4 may hold: the defaults of its base
-# class, which say nothing about what is computed here.
-COMMON = (
-    "_attn_implementation_autoset _name_or_path add_cross_attention architectures bad_words_ids "
-    "begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size "
-    "decoder_start_token_id diversity_penalty do_sample dtype early_stopping "
-    "encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task "
-    "forced_bos_token_id forced_eos_token_id id2label init_std initializer_range is_decoder "
-    "is_encoder_decoder label2id length_penalty max_length min_length no_repeat_ngram_size "
-    "num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states "
-    "output_scores prefix problem_type pruned_heads remove_invalid_values repetition_penalty "
-    "return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params "
-    "temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype "
-    "torchscript transformers_version typical_p use_bfloat16 use_cache"
-).split()
 IGNORED = {
     "full": (
         "talker_config token2wav_config enable_audio_output enable_talker hidden_size eos_token_id "
@@ -415,6 +401,12 @@ def hub_name(name: str) -> str:
     return re.sub(r"^model\.language_model\.", "model.", name)
 
 
+def module_name(name: str) -> str:
+    """A tensor's name as transformers' thinker has it, from the folder's."""
+    name = re.sub(r"^model\.", "model.language_model.", name)
+    return re.sub(r"^(visual|audio_tower)\.", r"model.\1.", name)
+
+
 def tiny(vocab: int, ids: dict[str, int]) -> Config:
     """The same classes at laptop size (about 4M parameters), for frames of 48 x 48 pixels."""
     like = qwen25vl.tiny(vocab, {})
@@ -451,6 +443,7 @@ FAMILY = Family(
     model=Omni,
     places=places,
     hub_name=hub_name,
+    module_name=module_name,
     ignored=(r"talker\..*", r"token2wav\..*"),  # the speaking parts of a full checkpoint
     special={
         "bos_token_id": "<|endoftext|>",

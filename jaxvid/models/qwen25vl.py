@@ -354,6 +354,12 @@ def hub_name(name: str) -> str:
     return re.sub(r"^model\.language_model\.", "model.", name)
 
 
+def module_name(name: str) -> str:
+    """A tensor's name as transformers' module has it, from the hub's."""
+    name = re.sub(r"^model\.", "model.language_model.", name)
+    return re.sub(r"^visual\.", "model.visual.", name)
+
+
 def tiny(vocab: int, ids: dict[str, int]) -> Config:
     """The same classes at laptop size (about 3M parameters), for frames of 48 x 48 pixels."""
     text = decoder.Config(
@@ -375,7 +381,7 @@ def tiny(vocab: int, ids: dict[str, int]) -> Config:
         vision=tower,
         tied=True,
         fractional_seconds=True,  # short clips: whole seconds would put all frames at one time
-        compute=Compute(remat=False, unroll=4),
+        compute=Compute(remat="none", unroll=4),
         **ids,
     )
 
@@ -404,6 +410,7 @@ FAMILY = Family(
     model=Qwen25VL,
     places=places,
     hub_name=hub_name,
+    module_name=module_name,
     special={
         "bos_token_id": "<|endoftext|>",
         "pad_token_id": "<|endoftext|>",

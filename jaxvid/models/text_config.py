@@ -48,10 +48,20 @@ QWEN2 = LLAMA | {
 }
 # What a file leaves out is the default of transformers' class.
 DEFAULTS = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2}
-# Attributes of any section that say nothing about what is computed.
-IGNORED = (
-    "model_type architectures torch_dtype dtype use_cache transformers_version _name_or_path "
-    "_attn_implementation_autoset attn_implementation initializer_range"
+# What every section of a config.json written by transformers 4 may hold: the defaults of its base
+# class, which say nothing about what is computed here.
+COMMON = (
+    "_attn_implementation_autoset _name_or_path add_cross_attention architectures bad_words_ids "
+    "begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size "
+    "decoder_start_token_id diversity_penalty do_sample dtype early_stopping "
+    "encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task "
+    "forced_bos_token_id forced_eos_token_id id2label init_std initializer_range is_decoder "
+    "is_encoder_decoder label2id length_penalty max_length min_length no_repeat_ngram_size "
+    "num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states "
+    "output_scores prefix problem_type pruned_heads remove_invalid_values repetition_penalty "
+    "return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params "
+    "temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype "
+    "torchscript transformers_version typical_p use_bfloat16 use_cache"
 ).split()
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -86,7 +96,7 @@ def read(
     for name, token in tokens.items():
         if isinstance(token, list):
             problems.append(f"text_config.{name} is {token}; give the one that ends a reply")
-    take.done([*IGNORED, "pretraining_tp", "tie_word_embeddings"])
+    take.done([*COMMON, "model_type", "pretraining_tp", "tie_word_embeddings"])
     return kind, found, tokens
 
 

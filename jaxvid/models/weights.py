@@ -93,8 +93,6 @@ class Files:
                 found[key] = file.name
                 if name in self.handles:
                     self.problems.append(f"{name} is there twice, as {key} in {file.name} too")
-                if (kind := handle.get_slice(key).get_dtype()) not in KINDS:
-                    self.problems.append(f"{key} has numbers of kind {kind}; {KINDS} are read")
                 self.handles[name] = handle, key
         if not self.problems:
             self.problems += [
@@ -116,6 +114,10 @@ class Files:
         handle, key = self.handles[name]
         first, *rest = handle.get_slice(key).get_shape()
         return first, math.prod(rest)
+
+    def kind(self, name: str) -> str:
+        handle, key = self.handles[name]
+        return handle.get_slice(key).get_dtype()
 
     def block(self, name: str, rows: slice, columns: slice) -> np.ndarray:
         handle, key = self.handles[name]
@@ -165,6 +167,8 @@ def check(
             wanted = stored_shape(place, shape[1:] if stacked else shape)
             if name not in files.handles:
                 problems.append(f"{name} is missing (weight {'.'.join(path)})")
+            elif (kind := files.kind(name)) not in KINDS:
+                problems.append(f"{name} has numbers of kind {kind}; {KINDS} are read")
             elif (got := files.shape(name)) != wanted:
                 problems.append(f"{name} has shape {got}; {'.'.join(path)} wants {wanted}")
     for name in sorted(set(files.handles) - used):

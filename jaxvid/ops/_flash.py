@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
@@ -256,6 +257,7 @@ def _flash_forward(q, k, v, rows, columns, shape):
         [(q.shape, q.dtype), ((B, N, 1, T), jnp.float32)],
         [(SUBLANES, shape.tile), (SUBLANES, shape.tile), (H, shape.tile)],
     )
+    y, log_sum = checkpoint_name((y, log_sum), "attention")
     return y, (q, k, v, rows, columns, y, log_sum)
 
 

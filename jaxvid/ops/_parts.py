@@ -36,6 +36,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxvid.ops._flash import HIDDEN
@@ -220,6 +221,7 @@ def _tree_forward(q, k, v, end, static):
         return static.otherwise(q, k, v, end), jnp.zeros(q.shape[:3], jnp.float32)
 
     y, total = _by_depth(end, static, _merge, otherwise, q, k, v)
+    y, total = checkpoint_name((y, total), "attention")
     return y, (q, k, v, end, y, total)
 
 

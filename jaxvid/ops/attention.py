@@ -7,7 +7,8 @@
                                  and, with a sliding window, depth[i] - depth[j] < window
 
 Grouped queries: N query heads share K kv heads, query head n reads kv head n // (N / K). A query
-that sees nothing (padding) gives zeros and no gradient. The Pallas kernel is in _flash.py, the
+that sees nothing (padding) gives zeros and no gradient. What its derivative keeps is named
+"attention", for policies of rematerialisation. The Pallas kernel is in _flash.py, the
 calls of cuDNN are in _parts.py.
 In order: reference, the tree's lower triangle, long rows, one device, public function, decoding.
 """
@@ -16,6 +17,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxvid import sharding
@@ -146,10 +148,12 @@ def _here(q, k, v, facts, window, impl, context, ordered):
         return flash(q, k, v, facts, keys, window, impl == "interpret")
     T, S = q.shape[1], k.shape[1]
     if facts.end is not None and T >= SHORT and ordered and not context:
-        return _triangle(q, k, v, facts, window)
-    if max(T, S) > LONG:
-        return _blocks(q, k, v, facts, keys, window)
-    return _attend(q, k, v, _mask(facts, keys, window))
+        y = _triangle(q, k, v, facts, window)
+    elif max(T, S) > LONG:
+        y = _blocks(q, k, v, facts, keys, window)
+    else:
+        y = _attend(q, k, v, _mask(facts, keys, window))
+    return checkpoint_name(y, "attention")
 
 
 def _copy_heads(k, v, on):
@@ -230,7 +234,7 @@ def attention(
             raise ValueError(
                 "the attention kernel needs `end` or `segment`; use impl='xla' or None"
             )
-        return _attend(q, k, v, None)
+        return checkpoint_name(_attend(q, k, v, None), "attention")
     if on["heads"] != on["kv_heads"]:
         k, v, on = _copy_heads(k, v, on)
     heads = ("rows", "tokens", "heads", None)

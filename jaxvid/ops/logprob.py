@@ -318,7 +318,8 @@ def _forward(hidden, table, targets, plan):
     return tuple(x.reshape(shape) for x in (lse, sums.weighted / sums.total, sums.target))
 
 
-def _backward(hidden, table, targets, lse, mean, d_logp, d_entropy, plan):
+def _backward(hidden, table, targets, lse, mean, d_logp, d_entropy, plan, trained):
+    """(gradient of the hidden states, of the table); the first alone if no table is `trained`."""
     shape, hidden = hidden.shape, hidden.reshape(-1, hidden.shape[-1])
     rows = jnp.stack([x.ravel() for x in (lse, mean, d_logp, d_entropy)])
     count, block = _blocks(table, plan)
@@ -327,6 +328,8 @@ def _backward(hidden, table, targets, lse, mean, d_logp, d_entropy, plan):
         d_hidden, d_table = carry
         words, at, start = block(i, hidden.dtype)
         d_x, d_w = _block_gradient(words, hidden, targets.ravel(), rows, at, plan)
+        if not trained:
+            return (d_hidden + d_x, None), None
         d_w = d_w if plan.axis == 0 else d_w.T
         if plan.width:
             d_w = jax.lax.psum_scatter(d_w, plan.width, scatter_dimension=1 - plan.axis, tiled=True)
@@ -335,13 +338,16 @@ def _backward(hidden, table, targets, lse, mean, d_logp, d_entropy, plan):
         d_table = jax.lax.dynamic_update_slice_in_dim(d_table, d_w, start, plan.axis)
         return (d_hidden + d_x, d_table), None
 
-    zeros = (jnp.zeros(hidden.shape, rows.dtype), jnp.zeros_like(table))
+    zeros = (jnp.zeros(hidden.shape, rows.dtype), jnp.zeros_like(table) if trained else None)
     (d_hidden, d_table), _ = jax.lax.scan(step, zeros, jnp.arange(count))
     if plan.vocab:
         d_hidden = jax.lax.psum(d_hidden, plan.vocab)
+    d_hidden = d_hidden.reshape(shape).astype(hidden.dtype)
+    if not trained:
+        return (d_hidden,)
     if rest := tuple(a for a in plan.rows if a not in plan.width):
         d_table = jax.lax.psum(d_table, rest)
-    return d_hidden.reshape(shape).astype(hidden.dtype), sharding.at_rest(d_table)
+    return d_hidden, sharding.at_rest(d_table)
 
 
 def _block_kl(words, p, q, at, plan):
@@ -385,28 +391,39 @@ _HIDDEN, _ROW = ("rows", None, None), ("rows", None)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _logprob(hidden, table, targets, plan):
-    return _logprob_fwd(hidden, table, targets, plan)[0]
+    lse, mean, target = _walk(hidden, table, targets, plan)
+    return target - lse, lse - mean
 
 
-def _logprob_fwd(hidden, table, targets, plan):
+def _walk(hidden, table, targets, plan):
     run = sharding.spread(
         lambda *x: _forward(*x, plan), (_HIDDEN, plan.table, _ROW), (_ROW,) * 3, plan.placed
     )
-    lse, mean, target = run(hidden, table, targets)
-    return (target - lse, lse - mean), (hidden, table, targets, lse, mean)
+    return run(hidden, table, targets)
+
+
+def _logprob_fwd(hidden, table, targets, plan):
+    wanted = () if table.perturbed else None  # says by its structure alone: it holds no array
+    hidden, table, targets = hidden.value, table.value, targets.value
+    lse, mean, target = _walk(hidden, table, targets, plan)
+    return (target - lse, lse - mean), (wanted, hidden, table, targets, lse, mean)
 
 
 def _logprob_bwd(plan, kept, grads):
+    wanted, *kept = kept
+    zero = lambda g: isinstance(g, jax.custom_derivatives.SymbolicZero)
+    grads = [jnp.zeros(g.shape, g.dtype) if zero(g) else g for g in grads]
     run = sharding.spread(
-        lambda *x: _backward(*x, plan),
+        lambda *x: _backward(*x, plan, wanted is not None),
         (_HIDDEN, plan.table, *(_ROW,) * 5),
-        (_HIDDEN, plan.table),
+        (_HIDDEN,) if wanted is None else (_HIDDEN, plan.table),
         plan.placed,
     )
-    return *run(*kept, *grads), None
+    d_hidden, *d_table = run(*kept, *grads)
+    return d_hidden, d_table[0] if d_table else None, None
 
 
-_logprob.defvjp(_logprob_fwd, _logprob_bwd)
+_logprob.defvjp(_logprob_fwd, _logprob_bwd, symbolic_zeros=True)
 
 
 # ---- public functions

@@ -3,6 +3,9 @@
 Orbax writes in the background and publishes a step by renaming it, so a killed run leaves whole
 checkpoints only. Kept are the last `keep` and the best by one validation metric. A checkpoint
 restores onto any mesh. Every array's checksum is compared on the way back in.
+
+Frozen weights are not saved: they are read again from where the run began, and their checksums,
+which are saved, tell whether that is still the same.
 """
 
 import json
@@ -20,7 +23,8 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from jaxvid.train.state import TrainState
+from jaxvid import paths
+from jaxvid.train.state import NONE, TrainState
 
 FORMAT = 1
 
@@ -72,7 +76,7 @@ class Checkpoints:
         self, step: int, state: TrainState, meta: Meta, metrics: dict[str, float] | None = None
     ) -> None:
         """Start writing; returns once the arrays are off the device. `metrics` of a validation."""
-        arrays = flatten(state)
+        arrays = flatten(_own(state))
         sums = jax.device_get(checksums(arrays))
         content = {
             "format": FORMAT,
@@ -81,6 +85,7 @@ class Checkpoints:
             "data": _of_all_processes(meta.data),
             "config": meta.config,
             "arrays": {k: [list(x.shape), str(x.dtype), int(sums[k])] for k, x in arrays.items()},
+            "frozen": _identity(state.frozen),
         }
         value = (metrics or {}).get(self.best, self.worst)
         self.manager.save(
@@ -92,28 +97,39 @@ class Checkpoints:
         )
 
     def restore(self, like: TrainState, step: int | None = None) -> tuple[int, TrainState, Meta]:
-        """The checkpoint of `step` (None: the last), laid out as the arrays of `like`.
+        """The checkpoint of `step` (None: the last), laid out as the arrays of `like`; the frozen
+        weights are those of `like`.
 
         Raises FileNotFoundError if there is none, ValueError if it is of another model or
-        optimizer or if its arrays are not those that were saved.
+        optimizer, if its arrays are not those that were saved, or if the frozen weights of `like`
+        are not those that the run began with.
         """
         step = self.latest() if step is None else step
         content = self._read_meta(step)
         wanted = {
             k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-            for k, x in flatten(like).items()
+            for k, x in flatten(_own(like)).items()
         }
+        self._check_frozen(content, like.frozen)
         self._check(content, wanted)
         arrays = self._read_arrays(step, content, wanted)
-        state = jax.tree.unflatten(jax.tree.structure(like), list(arrays.values()))
+        state = jax.tree.unflatten(jax.tree.structure(_own(like)), list(arrays.values()))
+        state = state._replace(frozen=like.frozen)
         return step, state, Meta(content["seed"], self._data(content["data"]), content["config"])
 
     def restore_params(
-        self, shapes: nnx.State, shardings: nnx.State, step: int | None = None
+        self,
+        shapes: nnx.State,
+        shardings: nnx.State,
+        step: int | None = None,
+        *,
+        frozen: nnx.State = NONE,
     ) -> nnx.State:
-        """The parameters alone of a checkpoint, whatever the optimizer was."""
+        """The trained parameters alone of a checkpoint, whatever the optimizer was. Raises as
+        `restore` does; `frozen` are the weights that the run did not train."""
         step = self.latest() if step is None else step
         content = self._read_meta(step)
+        self._check_frozen(content, frozen)
         place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
         structs = jax.tree.map(place, shapes, shardings)
         wanted = flatten(TrainState(None, structs, None, None, None))
@@ -181,6 +197,23 @@ class Checkpoints:
                 "--workdir, or the config it was made with:\n  " + "\n  ".join(wrong[:8]) + more
             )
 
+    def _check_frozen(self, content: dict[str, Any], frozen: nnx.State) -> None:
+        there, here = content.get("frozen", {}), _identity(frozen)
+        if there.keys() != here.keys():
+            odd = sorted(there.keys() ^ here.keys())
+            raise ValueError(
+                f"the checkpoint in {self.folder} froze other weights than this run does: "
+                f"{', '.join(odd[:4])}{' ...' if odd[4:] else ''}. Give `freeze` and `lora` as it "
+                "was made with, or a new --workdir."
+            )
+        if changed := [k for k in here if here[k] != there[k]]:
+            raise ValueError(
+                f"{len(changed)} frozen weights are not those that the run in {self.folder} began "
+                f"with: {', '.join(changed[:3])}. Frozen weights are read from the run's model "
+                f"({content['config'].get('model', 'not named')}), in frozen_dtype; put both back "
+                "as they were, or start in a new --workdir."
+            )
+
     def _data(self, states: list[Any]) -> Any:
         if len(states) != jax.process_count():
             raise ValueError(
@@ -195,6 +228,18 @@ def flatten(state: TrainState) -> dict[str, Any]:
     """Name -> array for every leaf: `params.decoder.table.value`, `opt_state.1.mu. ...`."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+
+
+def _own(state: TrainState) -> TrainState:
+    """What a checkpoint holds of a state."""
+    return state._replace(frozen=NONE)
+
+
+def _identity(frozen: nnx.State) -> dict[str, list[Any]]:
+    """[shape, dtype, checksum] of every frozen weight, by name; plain JSON."""
+    arrays = {paths.join(path): v[...] for path, v in nnx.to_flat_state(frozen)}
+    sums = jax.device_get(checksums(arrays))
+    return {k: [list(x.shape), str(x.dtype), int(sums[k])] for k, x in arrays.items()}
 
 
 @jax.jit

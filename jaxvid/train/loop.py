@@ -34,10 +34,12 @@ from jaxvid import sharding
 from jaxvid.batch import Batch, Loss
 from jaxvid.train import metrics, step
 from jaxvid.train.checkpoint import Checkpoints, Meta
+from jaxvid.train.optimizers import Rates
 from jaxvid.train.state import TrainState
 
 Update = Callable[[TrainState, Any], tuple[TrainState, step.Metrics]]
 Evaluate = Callable[[TrainState], dict[str, float]]
+Reference = Callable[[TrainState, Batch], Any]  # log-probs of the reference, in the batch's shape
 
 
 @runtime_checkable
@@ -62,6 +64,7 @@ class Settings:
     patience: int = 5  # non-finite steps in a row that stop the run
     best: str = "eval_loss"
     best_mode: Literal["min", "max"] = "min"
+    rates: Rates = ()  # factors of the learning rate by part, for the log
 
 
 class Result(NamedTuple):
@@ -129,19 +132,33 @@ def supervised(train_step: Update, mesh: Mesh) -> Update:
     return lambda state, batch: train_step(state, place(batch, mesh))
 
 
-def preference(
-    train_step: Update, score: Callable[..., Any], reference: nnx.State, mesh: Mesh
-) -> Update:
-    """The update of objectives that compare with `reference`, whose log-probs are computed first.
-
-    `reference` must not share memory with the state, which every step donates: see `frozen`.
-    """
+def preference(train_step: Update, reference: Reference, mesh: Mesh) -> Update:
+    """The update of objectives that compare with a reference, whose log-probs come first."""
 
     def update(state, batch):
         batch = place(batch, mesh)
-        return train_step(state, batch._replace(ref=score(reference, batch).logp))
+        return train_step(state, batch._replace(ref=reference(state, batch)))
 
     return update
+
+
+def fixed(score: Callable[..., Any], weights: nnx.State) -> Reference:
+    """The reference of these weights. They must not share memory with the state, which every step
+    donates: see `frozen`."""
+    return lambda state, batch: score(weights, batch).logp
+
+
+def start(score: Callable[..., Any], params: nnx.State) -> Reference:
+    """The reference that the run starts from: of `params`, which are to be trained, a copy is kept;
+    what is frozen is the state's own."""
+    kept = frozen(params)
+    return lambda state, batch: score(nnx.merge_state(kept, state.frozen), batch).logp
+
+
+def base(score: Callable[..., Any]) -> Reference:
+    """The reference that a LoRA run starts from, in no memory: the model without its adapters,
+    which are all that is trained. `score` is of the plain model's graph."""
+    return lambda state, batch: score(state.frozen, batch).logp
 
 
 def frozen(params: nnx.State) -> nnx.State:
@@ -154,14 +171,14 @@ def validation(
     batches: Callable[[], Iterable[Batch]],
     mesh: Mesh,
     *,
-    prepare: Callable[[Batch], Batch] = lambda batch: batch,
+    prepare: Callable[[TrainState, Batch], Batch] = lambda state, batch: batch,
 ) -> Evaluate:
     """Validation over all of `batches()`: exact means, named eval_loss and eval_<metric>."""
 
     def evaluate(state: TrainState) -> dict[str, float]:
         total = None
         for batch in batches():
-            part = loss(state.params, prepare(place(batch, mesh)))
+            part = loss(state.weights, prepare(state, place(batch, mesh)))
             total = part if total is None else jax.tree.map(jnp.add, total, part)
         if total is None:
             raise ValueError(
@@ -256,7 +273,8 @@ class _Log:
             )
         values |= {"step_time": seconds, "perf/throughput": values["num_tokens"] / seconds}
         if (moved := values.pop("optimizer_step", 0.0)) > 0:  # the rate of the step just made
-            values["learning_rate"] = float(self.rate(np.int32(moved - 1)))
+            values["learning_rate"] = rate = float(self.rate(np.int32(moved - 1)))
+            values |= {f"learning_rate/{p}": rate * f for p, f in self.settings.rates}
         self.window.add(values)
         self.bar.update(1)
         if _due(n, self.settings.log_every) or n == self.settings.steps:

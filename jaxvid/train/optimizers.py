@@ -2,7 +2,7 @@
 
 Each has `rate(steps)`, the learning rate by optimizer step, and `build(steps, params)`, the optax
 transformation, clipped by global norm first. Weight decay falls on matrices alone, never on norms,
-biases or the token table.
+biases or the token table. `scaled` gives parts of the model a learning rate of their own.
 """
 
 import dataclasses
@@ -13,6 +13,9 @@ import optax
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers, muon
 
+from jaxvid import paths
+
+Rates = tuple[tuple[str, float], ...]
 Schedule = Literal["cosine", "constant", "linear"]
 
 # Axes that together make one side of a matrix: q[D, (N, H)] and o[(N, H), D].
@@ -82,6 +85,31 @@ def _over_variables(f, params: nnx.State) -> nnx.State:
 
 def _decayed(params: nnx.State) -> nnx.State:
     return _over_variables(lambda v: matrix_axes(v) is not None, params)
+
+
+def scaled(
+    tx: optax.GradientTransformation, rates: Rates, params: nnx.State
+) -> optax.GradientTransformation:
+    """`tx` with a learning rate of its own for parts of `params`, the weights that are trained.
+
+    `rates` are (pattern over paths, factor). The last pattern that fits a weight multiplies its
+    whole update, decay included; a weight that none fits keeps the plain rate. Raises ValueError
+    for a pattern that fits nothing and for a factor that is not above 0.
+    """
+    if not rates:
+        return tx
+    if bad := [(pattern, factor) for pattern, factor in rates if not factor > 0]:
+        raise ValueError(f"rates {bad}: a factor must be above 0; to keep a part still, freeze it")
+    paths.check([pattern for pattern, _ in rates], paths.names(params), "rates")
+
+    def factor(path, v):
+        name = paths.join(path)
+        return v.replace(next((f for p, f in reversed(rates) if paths.fits(p, name)), 1.0))
+
+    flat = [(path, factor(path, v)) for path, v in nnx.to_flat_state(params)]
+    factors = nnx.from_flat_state(flat)
+    times = lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors)
+    return optax.chain(tx, optax.stateless(times))
 
 
 @dataclasses.dataclass(frozen=True)

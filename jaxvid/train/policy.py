@@ -7,7 +7,8 @@ One update of `loop.train`, on `pairs` questions (a question is asked of both vi
      stay or go together;
   3. advantages over [pairs, 2, G], both sides of a pair in one computation;
   4. lay out prompt and replies as trees, a pair in one micro-batch;
-  5. if several steps follow, log-probs at the start of the update, by the trainer's own scoring;
+  5. if several steps follow, or steps with dropout, log-probs at the start of the update, by the
+     trainer's own scoring;
   6. `updates` steps on the same batch.
 
 Everything drawn comes from (seed, step, record, question, side), so a resumed run samples what the
@@ -80,7 +81,8 @@ class Parts(NamedTuple):
     advantages: Callable[..., Advantages]
     budget: layout.Budget
     mesh: Mesh
-    reference: nnx.State | None = None  # for objectives with a KL term
+    reference: loop.Reference | None = None  # for objectives with a KL term
+    dropout: bool = False  # whether steps drop: `old` is then scored apart, without
 
 
 class Questions:
@@ -143,7 +145,7 @@ def make_update(parts: Parts, seed: int) -> loop.Update:
 
     def update(state: TrainState, questions: list[Prompts]):
         clock = _Clock()
-        model = nnx.merge(parts.graph, state.params)
+        model = nnx.merge(parts.graph, state.weights)
         key = jax.random.fold_in(jax.random.key(seed), int(state.step))
         seen, kept = collect(model, questions, key, parts)
         metrics = reply_metrics(seen, settings)
@@ -159,12 +161,12 @@ def make_update(parts: Parts, seed: int) -> loop.Update:
         groups = trees(kept, found.advantage, valid)
         batch = layout.stack(layout.pack(groups, parts.budget, shards=shards))
         batch = loop.place(batch, parts.mesh)
-        if settings.updates == 1:  # the step itself scores at the start of the update
+        if settings.updates == 1 and not parts.dropout:  # the step itself scores at its start
             batch = batch._replace(old=jnp.full_like(batch.old, jnp.nan))
         else:
-            batch = batch._replace(old=parts.score(state.params, batch).logp)
+            batch = batch._replace(old=parts.score(state.weights, batch).logp)
         if parts.reference is not None:
-            batch = batch._replace(ref=parts.score(parts.reference, batch).logp)
+            batch = batch._replace(ref=parts.reference(state, batch))
         laps = []
         for _ in range(settings.updates):
             state, values = parts.train_step(state, batch)

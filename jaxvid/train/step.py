@@ -1,12 +1,13 @@
 """One training step for every objective: score, loss, update. And scoring alone, for references."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from jaxvid import score
 from jaxvid.batch import Batch, Loss, Scores
@@ -15,6 +16,8 @@ from jaxvid.train.state import TrainState
 
 Objective = Callable[[Scores, Batch], Loss]
 Metrics = dict[str, Float[Array, ""]]
+Drop = Callable[[nnx.Module, Key[Array, ""]], None]
+DROPOUT = 1  # sets the keys of dropout apart from others of the run's seed
 
 
 def make_step(
@@ -23,20 +26,29 @@ def make_step(
     tx: optax.GradientTransformation,
     *,
     temperature: float = 1.0,
+    drop: Drop | None = None,
+    seed: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """(state, batch with a leading axis of micro-batches) -> (state, metrics); state is donated.
 
     Micro-batches add numerators and denominators, so how rows are cut into them changes nothing.
+    The state's frozen weights get no gradient, and none is computed. `drop` switches a model's
+    dropout on: its keys come from (seed, step, micro-batch), so a resumed run draws the same masks.
     A step whose loss or gradient is not finite leaves parameters and optimizer as they were.
     """
-    gradient = jax.value_and_grad(make_loss(graph, objective, temperature), has_aux=True)
-
-    def micro_batch(params, micro):
-        (_, loss), grads = gradient(params, micro)
-        return grads, loss
+    gradient = jax.value_and_grad(make_loss(graph, objective, temperature, drop), has_aux=True)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, loss = sum_over(micro_batch, state.params, batch)
+        def micro_batch(params, micro):
+            (_, loss), grads = gradient(params, micro[0], state.frozen, micro[1])
+            return grads, loss
+
+        keys = None
+        if drop is not None:
+            key = jax.random.fold_in(jax.random.key(seed), DROPOUT)
+            key = jax.random.fold_in(key, state.step)
+            keys = jax.random.split(key, batch.tokens.tokens.shape[0])
+        grads, loss = sum_over(micro_batch, state.params, (batch, keys))
         grads = jax.tree.map(lambda g: g / loss.denominator, grads)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss.numerator)
@@ -47,7 +59,8 @@ def make_step(
         )
         bad = jnp.int32(~finite)
         skipped = (state.skipped + 1) * bad
-        state = TrainState(state.step + 1, *kept, skipped, state.skipped_total + bad)
+        total = state.skipped_total + bad
+        state = TrainState(state.step + 1, *kept, skipped, total, state.frozen)
         metrics = averages(loss) | {
             "grad_norm": norm,
             "num_tokens": (batch.tokens.end > 0).sum(),
@@ -63,7 +76,7 @@ def make_step(
 def make_eval(
     graph: nnx.GraphDef, objective: Objective, *, temperature: float = 1.0
 ) -> Callable[[nnx.State, Batch], Loss]:
-    """(params, batch with a leading axis of micro-batches) -> summed Loss, for validation."""
+    """(weights, batch with a leading axis of micro-batches) -> summed Loss, for validation."""
     loss = make_loss(graph, objective, temperature)
     return jax.jit(lambda params, batch: sum_over(lambda p, b: loss(p, b)[1], params, batch))
 
@@ -71,7 +84,8 @@ def make_eval(
 def make_score(
     graph: nnx.GraphDef, *, temperature: float = 1.0
 ) -> Callable[[nnx.State, Batch], Scores]:
-    """(params, batch) -> Scores, shaped as the batch is: one micro-batch, or a leading axis."""
+    """(weights, batch) -> Scores, without dropout, shaped as the batch is: one micro-batch, or a
+    leading axis."""
 
     def one(params, *inputs):
         return score.score(nnx.merge(graph, params), *inputs, temperature=temperature)
@@ -85,11 +99,16 @@ def make_score(
     return jax.jit(scores)
 
 
-def make_loss(graph: nnx.GraphDef, objective: Objective, temperature: float):
-    """(params, micro-batch) -> (numerator, Loss): what is differentiated, and all of it."""
+def make_loss(
+    graph: nnx.GraphDef, objective: Objective, temperature: float, drop: Drop | None = None
+):
+    """(params, micro-batch, frozen weights, key of dropout) -> (numerator, Loss): what is
+    differentiated, and all of it."""
 
-    def loss(params, micro):
-        model = nnx.merge(graph, params)
+    def loss(params, micro, frozen=states.NONE, key=None):
+        model = nnx.merge(graph, params, frozen)
+        if drop is not None and key is not None:
+            drop(model, key)
         scores = score.score(
             model, micro.tokens, micro.vision, micro.audio, temperature=temperature
         )
@@ -99,9 +118,9 @@ def make_loss(graph: nnx.GraphDef, objective: Objective, temperature: float):
     return loss
 
 
-def sum_over(f: Callable, params: nnx.State, batch: Batch):
-    """Sum of f(params, micro) over the leading axis of `batch`, one micro-batch in memory."""
-    if batch.tokens.tokens.shape[0] == 1:  # a sum of one holds no second copy of the gradient
+def sum_over(f: Callable, params: nnx.State, batch: Any):
+    """Sum of f(params, micro) over the leading axis of a tree, one micro-batch in memory."""
+    if jax.tree.leaves(batch)[0].shape[0] == 1:  # a sum of one holds no second copy of the gradient
         return f(params, jax.tree.map(lambda x: x[0], batch))
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, params, first))
