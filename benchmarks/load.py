@@ -49,11 +49,7 @@ def make(folder: pathlib.Path, cfg: qwen25vl.Config) -> None:
     """A model folder of random numbers, a tensor at a time."""
     rng = np.random.default_rng(0)
     places = hf.family_of(cfg).places(cfg)
-    is_weight = lambda v: isinstance(v, jax.ShapeDtypeStruct)
-    shapes = {
-        tuple(str(k.key) for k in path[:-1]): x.shape
-        for path, x in jax.tree.leaves_with_path(hf.abstract(cfg)[1], is_leaf=is_weight)
-    }
+    shapes = hf.shapes(cfg)
 
     def tensors():
         joined: dict[str, list] = {}

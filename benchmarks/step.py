@@ -61,7 +61,7 @@ def abstract_batch(mesh: Mesh, rows: int, tokens: int, scored: int, branches: in
     row, some = leaf(whole, tokens), leaf(whole, scored)
     place_of = TokenBatch(row, leaf(whole, 3, tokens), row, row, row, some, some, some)
     none = VisionBatch(leaf(jnp.uint8, 0, 4, 1176), leaf(whole, 0, 4, 2), leaf(whole, 0, 4))
-    still = AudioBatch(leaf(real, 0, 0, 0), leaf(whole, 0))
+    still = AudioBatch(leaf(real, 0, 0, 0), leaf(whole, 0), leaf(whole, 0))
     reals = ("weight", "advantage", "value")
     table = Branches(
         *(leaf(real if name in reals else whole, branches) for name in Branches._fields)

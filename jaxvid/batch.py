@@ -55,6 +55,7 @@ class AudioBatch(NamedTuple):
 
     features: Float[Array, "B A F Z"]
     length: Int[Array, "B A"]  # frames of the chunk that are sound; 0 is padding
+    order: Int[Array, "B A"]  # place of the chunk in its own sound, from 0
 
 
 class Branches(NamedTuple):

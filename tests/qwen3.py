@@ -40,7 +40,7 @@ CFG = qwen3vl.Config(
     vision_end_token_id=3,
     bos_token_id=0,
     eos_token_id=1,
-    compute=Compute(remat=False),
+    compute=Compute(remat="none"),
 )
 B, T, G, R = 4, 72, 2, 32  # one shape for all tests: each compiles once
 BUDGET = Budget(rows=B, tokens=T, scored=1, branches=1, frames=3, patches=24)

@@ -38,7 +38,9 @@ def sounds(lengths=LENGTHS, cfg=CFG):
     length = np.array(lengths, np.int32)
     shape = (*length.shape, cfg.chunk, cfg.mels)
     x = np.random.default_rng(2).standard_normal(shape).astype(np.float32)
-    return AudioBatch(x * (np.arange(cfg.chunk) < length[..., None])[..., None], length)
+    return AudioBatch(
+        x * (np.arange(cfg.chunk) < length[..., None])[..., None], length, np.zeros_like(length)
+    )
 
 
 run = jax.jit(lambda graph, params, sound: nnx.merge(graph, params)(sound), static_argnums=0)

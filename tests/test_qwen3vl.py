@@ -212,7 +212,7 @@ def test_true_width_equals_transformers(oracle):
     config["text_config"] |= {"num_hidden_layers": 1, "vocab_size": 64}
     config["vision_config"] |= {"depth": 1, "deepstack_visual_indexes": [0]}
     cfg = dataclasses.replace(
-        qwen3vl.Config.from_hf(config), image_token_id=4, compute=Compute(remat=False)
+        qwen3vl.Config.from_hf(config), image_token_id=4, compute=Compute(remat="none")
     )
     loaded = drawn(cfg)
     with torch.device("meta"):
@@ -313,10 +313,10 @@ def test_remat_changes_nothing_and_bfloat16_little():
 
         return jax.jit(jax.grad(loss), compiler_options=QUICK)(params)
 
-    want, got = gradient(remat=False), gradient(remat=True)
+    want, got = gradient(remat="none"), gradient(remat="full")
     off = lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b)
     assert max(jax.tree.leaves(jax.tree.map(off, got, want))) < 1e-5
-    rough = gradient(remat=True, dtype="bfloat16")
+    rough = gradient(remat="full", dtype="bfloat16")
     assert {x.dtype for x in jax.tree.leaves(rough)} == {jnp.dtype("float32")}
     assert max(jax.tree.leaves(jax.tree.map(off, rough, want))) < 0.1
 

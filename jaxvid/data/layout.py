@@ -75,6 +75,7 @@ class Tree(NamedTuple):
     clips: tuple[Frames, ...]
     sound: Float[np.ndarray, "a F Z"]
     lengths: Int[np.ndarray, "a"]
+    order: Int[np.ndarray, "a"]  # place of each chunk in its own sound
     vision: Vision
     slots: int  # features of a sound chunk
     branches: tuple[Branch, ...] = ()
@@ -135,6 +136,7 @@ def tree(
     shape = (0, sound.chunk, sound.mels) if sound else (0, 0, 0)
     track = np.concatenate([np.zeros(shape, np.float32), *(c.sound for c in tracks)])
     lengths = np.concatenate([none[:0], *(c.lengths for c in tracks)]).astype(np.int32)
+    order = np.concatenate([none[:0], *(np.arange(len(c.sound)) for c in tracks)]).astype(np.int32)
     _check_used(name, "sound slots", heard, len(track) * slots, some=True)
     out = Tree(
         name,
@@ -145,6 +147,7 @@ def tree(
         frames,
         track,
         lengths,
+        order,
         vision,
         slots,
         tuple(branches),
@@ -315,7 +318,7 @@ def empty(budget: Budget, like: Tree | None) -> Batch:
     return Batch(
         TokenBatch(ints(T), ints(3, T), ints(T), ints(T), ints(T), ints(S), ints(S), ints(S)),
         VisionBatch(np.zeros((B, E, Q, C), np.uint8), ints(E, Q, 2), ints(E, Q)),
-        AudioBatch(floats(A, *(like.sound.shape[1:] if like else (0, 0))), ints(A)),
+        AudioBatch(floats(A, *(like.sound.shape[1:] if like else (0, 0))), ints(A), ints(A)),
         Branches(
             *(ints(M) - 1, ints(M) - 1, ints(M), ints(M), ints(M), ints(M)),
             *(floats(M), floats(M), floats(M)),
@@ -342,7 +345,7 @@ def _write(batch: Batch, row: int, at: Size, tree: Tree) -> None:
         batch.vision.window[row, frames, :q] = clip.window
     chunks = slice(at.chunks, at.chunks + len(tree.sound))
     batch.audio.features[row, chunks] = tree.sound
-    batch.audio.length[row, chunks] = tree.lengths
+    batch.audio.length[row, chunks], batch.audio.order[row, chunks] = tree.lengths, tree.order
     scored = at.scored
     for i, (b, span) in enumerate(zip(tree.branches, spans(tree))):
         n, start = len(b.tokens), at.tokens + span.start

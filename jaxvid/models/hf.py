@@ -8,11 +8,12 @@ spellings of tensor names are read (the hub's and transformers' own); the hub's 
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxvid import paths, sharding
-from jaxvid.models import llava, omni, qwen3vl, qwen25vl, weights
+from jaxvid.models import llava, omni, qwen3vl, qwen25vl, salmonn, weights
 from jaxvid.models.family import Family
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
@@ -44,7 +45,13 @@ COMPANIONS = (  # what stands beside the weights and is copied by `save`
 )
 
 
-FAMILIES = (qwen25vl.FAMILY, qwen3vl.FAMILY, omni.FAMILY, *llava.FAMILIES)
+FAMILIES = (
+    qwen25vl.FAMILY,
+    omni.FAMILY,
+    *llava.FAMILIES,
+    qwen3vl.FAMILY,
+    salmonn.FAMILY,
+)
 
 
 class Loaded(NamedTuple):
@@ -76,9 +83,13 @@ def _initialiser(cfg: Any, mesh: Mesh | None):
     """One compiled program per config and mesh, whatever the seed."""
     out = None if mesh is None else sharding.parameter_shardings(abstract(cfg)[1], mesh)
     build = lambda key: nnx.split(family_of(cfg).model(cfg, rngs=nnx.Rngs(key)))[1]
-    # It runs once: on CPU, compiling it with care would take five times as long as all the rest.
-    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(build, out_shardings=out, compiler_options=quick)
+    return jax.jit(build, out_shardings=out, compiler_options=quick())
+
+
+def quick() -> dict[str, int] | None:
+    """Compiler options for what runs once: on CPU, compiling initial values with care would take
+    five times as long as all the rest."""
+    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
 
 
 def initialise(cfg: Any, seed: int, *, mesh: Mesh | None = None) -> Loaded:
@@ -141,6 +152,15 @@ def _leaves(params: nnx.State) -> list[tuple[tuple[str, ...], nnx.Variable]]:
     return [(_path(key_path), v) for key_path, v in leaves]
 
 
+def shapes(cfg: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """The shape of every weight, by its path in the parameters."""
+    return _shapes(abstract(cfg)[1])
+
+
+def _shapes(params: nnx.State) -> dict[tuple[str, ...], tuple[int, ...]]:
+    return {path: v.shape for path, v in _leaves(params)}
+
+
 def load(
     folder: str | pathlib.Path,
     *,
@@ -154,8 +174,8 @@ def load(
     or else with files and tensors.
     """
     cfg = read_config(folder)
-    family, (graph, shapes) = family_of(cfg), abstract(cfg)
-    where, each = family.places(cfg), {path: v.shape for path, v in _leaves(shapes)}
+    family, (graph, empty) = family_of(cfg), abstract(cfg)
+    where, each = family.places(cfg), _shapes(empty)
     # A tied model's files may hold its table twice.
     ignored = IGNORED_TENSORS + family.ignored + ((r".*lm_head\.weight",) if cfg.tied else ())
     with contextlib.ExitStack() as stack:
@@ -193,10 +213,10 @@ def load(
 
         is_weight = lambda v: isinstance(v, nnx.Variable)
         if mesh is None:
-            params = jax.tree.map_with_path(whole, shapes, is_leaf=is_weight)
+            params = jax.tree.map_with_path(whole, empty, is_leaf=is_weight)
         else:
-            wanted = sharding.parameter_shardings(shapes, mesh)
-            params = jax.tree.map_with_path(sharded, shapes, wanted, is_leaf=is_weight)
+            wanted = sharding.parameter_shardings(empty, mesh)
+            params = jax.tree.map_with_path(sharded, empty, wanted, is_leaf=is_weight)
     return Loaded(cfg, graph, params)
 
 
@@ -228,14 +248,17 @@ def save(
     *,
     like: str | pathlib.Path | None = None,
     dtype: str = "bfloat16",
+    copied: Iterable[tuple[str, np.ndarray]] = (),
 ) -> None:
     """Write a folder that transformers (and `load`) reads; `like` is a folder whose tokenizer,
     template and preprocessor files go along. All or nothing: it appears under its name when whole.
+
+    `copied` are tensors that `params` has not, by their names in the files, written as they are.
     """
     folder = pathlib.Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
         raise FileExistsError(f"{folder} exists and is not a model folder; choose another name")
-    tensors = _tensors(cfg, params, dtype)
+    tensors = itertools.chain(_tensors(cfg, params, dtype), copied)
     if jax.process_index():
         for _ in tensors:  # take part in gathering; the first process writes
             pass

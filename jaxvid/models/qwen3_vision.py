@@ -170,7 +170,7 @@ class Tower(nnx.Module):
             return self.positions(some.astype(self.compute.dtype))
 
         # [F, Q, positions] is larger than all else outside of the blocks, and quickly made again.
-        return (jax.checkpoint(places) if self.compute.remat else places)(coords, seen)
+        return (jax.checkpoint(places) if self.compute.remat != "none" else places)(coords, seen)
 
     def _blocks(self, x, coords, seen):
         """The last block's output, and that of each deep block. They are written into one array as

@@ -352,7 +352,9 @@ def tiny(vocab: int, ids: dict[str, int]) -> Config:
     tower = qwen3_vision.Config(
         layers=4, width=128, ffn=384, heads=4, out=192, deep=(1, 2), positions=36, patch=8
     )
-    return Config(text=text, vision=tower, tied=True, compute=Compute(remat=False, unroll=4), **ids)
+    return Config(
+        text=text, vision=tower, tied=True, compute=Compute(remat="none", unroll=4), **ids
+    )
 
 
 def preprocessor(cfg: Config) -> dict[str, Any]:
