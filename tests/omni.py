@@ -2,12 +2,8 @@
 
 import functools
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
+from prompts import filled
 
-from jaxvid.data import layout, sound
 from jaxvid.data.packing import Budget
 from jaxvid.models import audio, decoder, encoder, hf, omni, vision
 from jaxvid.models.layers import Compute
@@ -42,10 +38,6 @@ CFG = omni.Config(
     pad_token_id=None,
     compute=Compute(remat="none"),
 )
-QUICK = {"xla_backend_optimization_level": 0}  # for programs that run once
-
-IMAGE = Medium("image", (1, 6, 6))  # windows of 2 x 2 merged tokens on 3 x 3
-CLIP = Medium("video", (2, 6, 6), 1.5)
 FILM = Medium("video", (3, 4, 4), 1.5, 70)  # frames at 0, 6 and 12; sound up to 16; chunks of 8
 SOUND = Medium("audio", sound=31)  # chunks of 12, 12 and 7 mel frames
 BUDGET = Budget(rows=2, tokens=72, scored=0, branches=0, frames=4, patches=36, chunks=9)
@@ -55,65 +47,6 @@ BUDGET = Budget(rows=2, tokens=72, scored=0, branches=0, frames=4, patches=36, c
 def fresh():
     graph, shapes = hf.abstract(CFG)
     return hf.Loaded(CFG, graph, filled(shapes, 0.5))
-
-
-def filled(shapes, spread, make=jnp.asarray):
-    """Random weights, quickly; biases and norms are not 0 and 1, so that a lost one shows."""
-    r = np.random.default_rng(7)
-
-    def fill(path, v):
-        x = r.random(v.shape, np.float32)
-        x -= 0.5
-        x *= spread
-        x += "scale" in str(path)
-        return make(x)
-
-    return jax.tree.map_with_path(fill, shapes)
-
-
-hidden = nnx.jit(lambda model, *inputs: model.hidden(*inputs))
-prefill = nnx.jit(lambda model, *inputs: model.prefill(*inputs))
-decode = nnx.jit(lambda model, *inputs: model.decode(*inputs))
-
-
-def model():
-    return nnx.merge(*fresh()[1:])
-
-
-def clip(medium, seed, cfg=CFG):
-    """Random pixels and log-mel frames of a medium."""
-    r, (t, h, w) = np.random.default_rng(seed), medium.grid
-    values = cfg.vision.patch_values
-    patches = r.integers(0, 256, (t, h * w, values)).astype(np.uint8) if t else None
-    if not medium.sound:
-        return layout.Clip(patches, medium.grid)
-    features = r.standard_normal((medium.sound, cfg.audio.mels)).astype(np.float32)
-    return layout.Clip(patches, medium.grid, *sound.cut(features, cfg.audio.chunk))
-
-
-def tree(*media, text=3, seed=0, cfg=CFG):
-    """A prompt of some text, then each medium with some text after it."""
-    words = lambda n: np.random.default_rng([seed, n]).integers(9, 64, n).astype(np.int32)
-    ids, seen, heard = [words(2)], [np.zeros(2, np.int32)], [np.zeros(2, np.int32)]
-    clips = [clip(m, [seed, i], cfg) for i, m in enumerate(media)]
-    prompting, frames, chunks = cfg.prompting, 0, 0
-    for medium, found in zip(media, clips):
-        placed = prompting.expand(medium, lambda text: [])
-        after = np.zeros(text, np.int32)
-        ids += [placed.ids, words(text)]
-        seen += [np.where(placed.vision, placed.vision + frames, 0), after]
-        heard += [np.where(placed.sound, placed.sound + chunks * cfg.audio.slots, 0), after]
-        frames += int(placed.vision.max())
-        chunks += 0 if found.sound is None else len(found.sound)
-    ids, seen, heard = (np.concatenate(x).astype(np.int32) for x in (ids, seen, heard))
-    positions = prompting.positions(ids, media)
-    geometry = prompting.vision, prompting.sound
-    return layout.tree("t", ids, positions, *geometry, clips=clips, seen=seen, heard=heard)
-
-
-def rows(*trees):
-    """Batches of one prompt a row, the last copied where there are too few."""
-    return layout.prompts([*trees, *trees[-1:] * (BUDGET.rows - len(trees))], BUDGET)
 
 
 def published(size="7B", **changes):

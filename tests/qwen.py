@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 
-import jax
 import numpy as np
-from flax import nnx
+import prompts
+from prompts import filled, quick
 
 from jaxvid.batch import TokenBatch, VisionBatch
+from jaxvid.data.packing import Budget
 from jaxvid.models import decoder, hf, qwen25vl, vision
 from jaxvid.models.layers import Compute
 
@@ -29,7 +30,9 @@ CFG = qwen25vl.Config(
     eos_token_id=1,
     compute=Compute(remat="none"),
 )
-QUICK = {"xla_backend_optimization_level": 0}  # for programs that run once
+# As transformers 5 places tokens, whose models find the positions themselves.
+FIVE = dataclasses.replace(CFG, text_after_video="hf5", fractional_seconds=True)
+BUDGET = Budget(rows=2, tokens=64, scored=0, branches=0, frames=4, patches=36, chunks=0)
 GRID = (2, 6, 6)  # windows of 2 x 2 merged tokens on 3 x 3: full, two kinds of partial, a corner
 PADS = 2 * 3 * 3
 B, T, G, R = 2, 36, 2, 6  # one shape for all tests: each compiles once
@@ -38,20 +41,11 @@ B, T, G, R = 2, 36, 2, 6  # one shape for all tests: each compiles once
 @functools.cache
 def fresh(tied=False, window=0):
     cfg = dataclasses.replace(CFG, tied=tied, text=dataclasses.replace(TEXT, window=window))
-    graph, _ = hf.abstract(cfg)
-    r = np.random.default_rng(7)  # biases and norms too, so that a lost one shows
-    noisy = lambda x: x + 0.2 * r.standard_normal(x.shape).astype(np.float32)
-    return hf.Loaded(cfg, graph, jax.tree.map(noisy, hf.initialise(cfg, 0).params))
+    graph, shapes = hf.abstract(cfg)
+    return hf.Loaded(cfg, graph, filled(shapes, 0.9))
 
 
-def model(loaded):
-    return nnx.merge(loaded.graph, loaded.params)
-
-
-hidden = nnx.jit(lambda model, *inputs: model.hidden(*inputs))
-prefill = nnx.jit(lambda model, *inputs: model.prefill(*inputs))
-decode = nnx.jit(lambda model, *inputs: model.decode(*inputs))
-tower = nnx.jit(lambda model, seen: model.tower(seen))
+tower = quick(lambda model, seen: model.tower(seen))
 
 
 def frames(seed=0):
@@ -84,3 +78,73 @@ def rows(*each):
 
 def plain(ids, cfg=CFG):
     return ids, qwen25vl.positions(ids, [GRID], [0.5], cfg), np.full(len(ids), len(ids))
+
+
+def their_inputs(trees, media, cfg=FIVE):
+    """One left-padded batch of trees with their media."""
+    import torch
+
+    out = prompts.their_inputs(cfg, trees, media)
+    ids = out["input_ids"]
+    out["mm_token_type_ids"] = (ids == cfg.image_token_id) + 2 * (ids == cfg.video_token_id)
+    if seconds := [m.seconds for ms in media for m in ms if m.kind == "video"]:
+        out["second_per_grid_ts"] = torch.tensor(seconds)
+    return out
+
+
+def published(size="7B", **changes):
+    """config.json of Qwen2.5-VL as the hub has it."""
+    layers, width, ffn, heads, kv, vocab, inner = {
+        "3B": (36, 2048, 11008, 16, 2, 151936, 3420),
+        "7B": (28, 3584, 18944, 28, 4, 152064, 3420),
+        "32B": (64, 5120, 27648, 40, 8, 152064, 3456),
+        "72B": (80, 8192, 29568, 64, 8, 152064, 3456),
+    }[size]
+    tower = {
+        "depth": 32,
+        "hidden_act": "silu",
+        "hidden_size": 1280,
+        "intermediate_size": inner,
+        "num_heads": 16,
+        "in_chans": 3,
+        "out_hidden_size": width,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "tokens_per_second": 2,
+        "temporal_patch_size": 2,
+    }
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653,
+        "vision_token_id": 151654,
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "hidden_act": "silu",
+        "hidden_size": width,
+        "initializer_range": 0.02,
+        "intermediate_size": ffn,
+        "max_position_embeddings": 128000,
+        "max_window_layers": layers,
+        "model_type": "qwen2_5_vl",
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": size == "3B",
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.41.2",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vision_config": tower,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vocab_size": vocab,
+    } | changes

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL against transformers' own, and model folders and configs in and out."""
+"""Model folders and configs of Qwen2.5-VL, in and out."""
 
 import dataclasses
 import json
@@ -8,120 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from qwen import (
-    CFG,
-    GRID,
-    TEXT,
-    TOWER,
-    VIDEO,
-    B,
-    G,
-    R,
-    decode,
-    frames,
-    fresh,
-    hidden,
-    model,
-    plain,
-    prefill,
-    rows,
-    sequence,
-    tower,
-)
+from prompts import model
+from qwen import CFG, TEXT, TOWER, frames, fresh, published
 
-from jaxvid.models import decoder, hf, qwen25vl, weights
+from jaxvid.models import hf, qwen25vl, weights
 from jaxvid.models.layers import Compute
-
-# --- transformers is the oracle
-
-
-@pytest.fixture(scope="module", params=[0, 7], ids=["whole", "window"])
-def oracle(request, tmp_path_factory):
-    torch = pytest.importorskip("torch", reason="the oracle: pip install jaxvid[oracle]")
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    folder = tmp_path_factory.mktemp("ours") / "model"
-    loaded = fresh(window=request.param)
-    hf.save(folder, loaded.cfg, loaded.params, dtype="float32")
-    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    return torch, theirs, loaded
-
-
-def their_inputs(torch, ids, seen, row=0):
-    mean, std = (np.repeat(np.float32(x), 32) for x in (TOWER.image_mean, TOWER.image_std))
-    pixels = (seen.patches[row].reshape(-1, 96).astype(np.float32) / 255 - mean) / std
-    return {
-        "input_ids": torch.tensor(ids[None].astype(np.int64)),
-        "pixel_values_videos": torch.tensor(pixels),
-        "video_grid_thw": torch.tensor([GRID]),
-        "second_per_grid_ts": torch.tensor([0.5]),
-        "mm_token_type_ids": torch.tensor(np.where(ids == VIDEO, 2, 0)[None]),
-    }
-
-
-def test_hidden_states_and_logits_equal_transformers(oracle):
-    torch, theirs, loaded = oracle
-    ids, seen = sequence(8), frames()
-    ours = model(loaded)
-    tokens = rows(plain(ids))
-    with torch.no_grad():
-        position_ids = torch.tensor(tokens.positions[0, :, None, : len(ids)].astype(np.int64))
-        inputs = their_inputs(torch, ids, seen) | {"position_ids": position_ids}
-        want = theirs(**inputs, output_hidden_states=True)
-        merged = theirs.model.visual(
-            inputs["pixel_values_videos"], inputs["video_grid_thw"]
-        ).pooler_output
-    got = hidden(ours, tokens, seen)
-    np.testing.assert_allclose(tower(ours, seen)[0], merged.numpy(), atol=1e-4)
-    got = got[0, : len(ids)]
-    np.testing.assert_allclose(got, want.hidden_states[-1][0].numpy(), atol=1e-4)
-    logits = got @ ours.unembedding().T
-    np.testing.assert_allclose(logits, want.logits[0].numpy(), atol=1e-4)
-
-
-def test_positions_equal_transformers(oracle):
-    torch, theirs, loaded = oracle
-    ids = sequence(8)
-    inputs = their_inputs(torch, ids, frames())
-    want, _ = theirs.model.get_rope_index(
-        inputs["input_ids"],
-        inputs["mm_token_type_ids"],
-        video_grid_thw=inputs["video_grid_thw"],
-        second_per_grid_ts=inputs["second_per_grid_ts"],
-    )
-    got = qwen25vl.positions(
-        ids, [GRID], [0.5], CFG, text_after_video="hf5", fractional_seconds=True
-    )
-    np.testing.assert_array_equal(got, want[:, 0].numpy())
-
-
-def test_folder_of_transformers_is_read(oracle, tmp_path):
-    torch, theirs, loaded = oracle
-    theirs.save_pretrained(tmp_path)
-    read = hf.load(tmp_path)
-    assert dataclasses.replace(read.cfg, compute=Compute(remat="none")) == loaded.cfg
-    jax.tree.map(np.testing.assert_array_equal, read.params, loaded.params)
-
-
-def test_greedy_generation_equals_transformers(oracle):
-    """Under the position policy of transformers 5, which its generate() uses."""
-    torch, theirs, loaded = oracle
-    cfg = dataclasses.replace(CFG, text_after_video="hf5", fractional_seconds=True)
-    ids, seen = sequence(4), frames()
-    inputs = their_inputs(torch, ids, seen)
-    want = theirs.generate(**inputs, max_new_tokens=R, do_sample=False, eos_token_id=None)
-    ours = model(loaded)
-    tokens = rows(plain(ids, cfg))
-    state, prompt = prefill(ours, tokens, seen)
-    state, branch = jnp.stack([state] * G, 1), decoder.empty_branches(prompt, G, R)
-    after, length, out = int(tokens.positions.max()) + 1, jnp.full(B, len(ids)), []
-    for i in range(R):
-        token = (state @ ours.unembedding().T).argmax(-1).astype(jnp.int32)
-        out.append(int(token[0, 0]))
-        at = jnp.full((B, G), after + i)
-        state, branch = decode(ours, token, at, prompt, length, branch, jnp.int32(i))
-    assert out == want[0, len(ids) :].tolist()
-
 
 # --- model folders
 
@@ -186,58 +77,6 @@ def test_save_refuses_a_folder_of_something_else(tmp_path):
 
 
 # --- configs
-
-
-def published(**changes):
-    """config.json of Qwen2.5-VL-7B-Instruct as the hub has it."""
-    tower = {
-        "depth": 32,
-        "hidden_act": "silu",
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "in_chans": 3,
-        "out_hidden_size": 3584,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "spatial_patch_size": 14,
-        "window_size": 112,
-        "fullatt_block_indexes": [7, 15, 23, 31],
-        "tokens_per_second": 2,
-        "temporal_patch_size": 2,
-    }
-    return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "attention_dropout": 0.0,
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
-        "vision_start_token_id": 151652,
-        "vision_end_token_id": 151653,
-        "vision_token_id": 151654,
-        "image_token_id": 151655,
-        "video_token_id": 151656,
-        "hidden_act": "silu",
-        "hidden_size": 3584,
-        "initializer_range": 0.02,
-        "intermediate_size": 18944,
-        "max_position_embeddings": 128000,
-        "max_window_layers": 28,
-        "model_type": "qwen2_5_vl",
-        "num_attention_heads": 28,
-        "num_hidden_layers": 28,
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0,
-        "sliding_window": 32768,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.41.2",
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vision_config": tower,
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-        "vocab_size": 152064,
-    } | changes
 
 
 def parameters(cfg):

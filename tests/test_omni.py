@@ -5,38 +5,17 @@ import json
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import prompts
 import pytest
 import safetensors.numpy
 from flax import nnx
-from omni import (
-    BUDGET,
-    CFG,
-    CLIP,
-    EARS,
-    FILM,
-    IMAGE,
-    QUICK,
-    SOUND,
-    TOWER,
-    decode,
-    filled,
-    fresh,
-    hidden,
-    model,
-    prefill,
-    published,
-    rows,
-    tree,
-)
+from omni import BUDGET, CFG, EARS, FILM, SOUND, TOWER, fresh, published
+from prompts import CLIP, MUTE, QUICK, filled, model, rows, run_theirs, tree, worst
 
-from jaxvid.data import layout
-from jaxvid.models import audio, hf, omni, weights
-from jaxvid.models.decoder import empty_branches
+from jaxvid.models import audio, hf, omni
 from jaxvid.prompting import Medium
 
-MUTE = ((IMAGE,), (CLIP,), (CLIP, CLIP), (IMAGE, CLIP))
 LOUD = ((FILM,), (SOUND,), (SOUND, FILM))
 
 
@@ -52,34 +31,13 @@ def oracle(tmp_path_factory):
     return torch, theirs.eval()
 
 
-def pixels(torch, trees, media, kind):
-    """Normalised patches of all media of a kind, and their grids."""
-    each = trees[0].vision.temporal * trees[0].vision.patch ** 2
-    mean, std = (np.repeat(np.float32(x), each) for x in (TOWER.image_mean, TOWER.image_std))
-    found = []
-    for t, ms in zip(trees, media):
-        frames = iter(t.clips)
-        for medium in ms:
-            if medium.grid[0] and (clip := next(frames)) and medium.kind == kind:
-                x = clip.patches.reshape(-1, 3 * each).astype(np.float32) / 255
-                found.append((torch.tensor((x - mean) / std), medium.grid))
-    return (torch.cat([x for x, _ in found]), torch.tensor([g for _, g in found])) if found else ()
-
-
-def their_inputs(torch, trees, media):
+def their_inputs(trees, media, cfg=CFG):
     """One left-padded batch of trees with their media."""
-    width = max(len(t.prompt) for t in trees)
-    pad = lambda x, by=0: np.pad(x, (width - len(x), 0), constant_values=by)
-    out = {
-        "input_ids": torch.tensor(np.stack([pad(t.prompt, 1) for t in trees]).astype(np.int64)),
-        "attention_mask": torch.tensor(np.stack([pad(np.ones_like(t.prompt)) for t in trees])),
-        "use_audio_in_video": any(m.kind == "video" and m.sound for ms in media for m in ms),
-    }
-    if found := pixels(torch, trees, media, "image"):
-        out |= dict(zip(("pixel_values", "image_grid_thw"), found))
-    if found := pixels(torch, trees, media, "video"):
-        out |= dict(zip(("pixel_values_videos", "video_grid_thw"), found))
-        seconds = [m.seconds for ms in media for m in ms if m.kind == "video"]
+    import torch
+
+    out = prompts.their_inputs(cfg, trees, media)
+    out["use_audio_in_video"] = any(m.kind == "video" and m.sound for ms in media for m in ms)
+    if seconds := [m.seconds for ms in media for m in ms if m.kind == "video"]:
         out["video_second_per_grid"] = torch.tensor(seconds)
     frames = [m.sound for ms in media for m in ms if m.sound]
     if frames:
@@ -94,48 +52,33 @@ def their_inputs(torch, trees, media):
     return out
 
 
-def run_theirs(oracle, trees, media):
-    torch, theirs = oracle
-    inputs = their_inputs(torch, trees, media)
-    with torch.no_grad():
-        out = theirs(**inputs, output_hidden_states=True)
-    cut = lambda x: [y[-len(t.prompt) :].numpy() for t, y in zip(trees, x)]
-    return cut(out.hidden_states[-1]), cut(out.logits)
-
-
-def worst(got, want):
-    return max(float(np.abs(a - b).max()) for a, b in zip(got, want, strict=True))
-
-
 @pytest.mark.parametrize("media", [MUTE, LOUD], ids=["mute", "loud"])
 def test_hidden_states_and_logits_equal_transformers(oracle, media):
     """Left-padded batches and single sequences of theirs, rows of ours: 3e-6 apart at most."""
-    trees = [tree(*ms, seed=i) for i, ms in enumerate(media)]
-    ours, got = model(), []
-    for i in range(0, len(trees), 2):
-        got += [*hidden(ours, *rows(*trees[i : i + 2]))]
-    got = [np.asarray(x[: len(t.prompt)]) for x, t in zip(got, trees)]
+    theirs, trees = oracle[1], [tree(CFG, *ms, seed=i) for i, ms in enumerate(media)]
+    ours = model(fresh())
+    got = prompts.states(ours, BUDGET, trees)
     logits = [x @ np.asarray(ours.unembedding()).T for x in got]
-    want = run_theirs(oracle, trees, media)
+    want = run_theirs(theirs, their_inputs(trees, media), trees)
     assert worst(got, want[0]) < 1e-4 and worst(logits, want[1]) < 1e-4
     for i, ms in enumerate(media[:3]):
-        alone = run_theirs(oracle, trees[i : i + 1], [ms])
+        alone = run_theirs(theirs, their_inputs(trees[i : i + 1], [ms]), trees[i : i + 1])
         assert worst(got[i : i + 1], alone[0]) < 1e-4
 
 
 def test_towers_equal_transformers(oracle):
     torch, theirs = oracle
-    trees, media = [tree(FILM), tree(CLIP, seed=1)], [(FILM,), (CLIP,)]
-    ours, (_, seen, heard) = model(), rows(*trees)
-    inputs = their_inputs(torch, trees, media)
+    trees, media = [tree(CFG, FILM), tree(CFG, CLIP, seed=1)], [(FILM,), (CLIP,)]
+    ours, (_, seen, heard) = model(fresh()), rows(BUDGET, *trees)
+    inputs = their_inputs(trees, media)
     with torch.no_grad():
         patches, grids = inputs["pixel_values_videos"], inputs["video_grid_thw"]
         film, clip = theirs.model.get_video_features(patches, grids).pooler_output
         sound = theirs.model.get_audio_features(
             inputs["input_features"], inputs["feature_attention_mask"]
         ).last_hidden_state
-    frames = np.asarray(nnx.jit(lambda m, x: m.tower(x))(ours, seen)).reshape(2, 4, 9, 32)
-    ears = np.asarray(nnx.jit(lambda m, x: m.ears(x))(ours, heard))
+    frames = np.asarray(prompts.quick(lambda m, x: m.tower(x))(ours, seen)).reshape(2, 4, 9, 32)
+    ears = np.asarray(prompts.quick(lambda m, x: m.ears(x))(ours, heard))
     film, clip = film.numpy().reshape(3, 4, 32), clip.numpy().reshape(2, 9, 32)
     apart = worst([frames[0, :3, :4], frames[1, :2]], [film, clip])
     assert apart < 1e-4 and worst([ears[0, : len(sound)]], [sound.numpy()]) < 1e-4
@@ -144,68 +87,26 @@ def test_towers_equal_transformers(oracle):
 
 def test_packed_rows_equal_rows_of_one(oracle):
     """A film and a sound in one row, after one another: neither sees the other."""
-    trees = [tree(FILM), tree(SOUND, seed=1)]
-    want = run_theirs(oracle, trees, [(FILM,), (SOUND,)])[0]
-    word = lambda t: layout.Branch(t.prompt[-1:], np.ones(1, bool))
-    split = [t._replace(prompt=t.prompt[:-1], seen=t.seen[:-1], heard=t.heard[:-1]) for t in trees]
-    split = [
-        t._replace(positions=t.positions[:, :-1], branches=(word(o),)) for t, o in zip(split, trees)
-    ]
+    trees, media = [tree(CFG, FILM), tree(CFG, SOUND, seed=1)], [(FILM,), (SOUND,)]
+    want = run_theirs(oracle[1], their_inputs(trees, media), trees)[0]
     budget = dataclasses.replace(BUDGET, scored=2, branches=2)
-    (batch,) = layout.pack([[t] for t in split], budget)
-    assert (batch.tokens.end[1] == 0).all()  # both in the first row
-    got = hidden(model(), batch.tokens, batch.vision, batch.audio)[0]
-    n = np.cumsum([len(t.prompt) for t in trees])
-    assert worst(np.split(got[: n[-1]], n[:-1]), want) < 1e-4
+    assert worst(prompts.packed_states(model(fresh()), budget, trees), want) < 1e-4
 
 
 def test_gradients_equal_transformers(oracle):
     """Of the mean log-prob of the text after a film with sound: every parameter, by its place.
     4e-6 of its largest apart at most."""
-    torch, theirs = oracle
-    (film,), media = [tree(FILM, text=6)], [(FILM,)]
-    n, loaded = len(film.prompt), fresh()
-    theirs.zero_grad()
-    logits = theirs(**their_inputs(torch, [film], media)).logits[0, n - 7 : n - 1]
-    target = torch.tensor(film.prompt[n - 6 :].astype(np.int64))
-    torch.nn.functional.cross_entropy(logits, target).backward()
-    want = {omni.hub_name(k): p.grad for k, p in theirs.named_parameters()}
-
-    def loss(params):
-        ours = nnx.merge(loaded.graph, params)
-        logits = ours.hidden(*rows(film))[0, n - 7 : n - 1] @ ours.unembedding().T
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), target.numpy()[:, None], 1).mean()
-
-    got = jax.jit(jax.grad(loss), compiler_options=QUICK)(loaded.params)
-    got = dict(hf._tensors(CFG, got, "float32"))
-    assert set(got) == set(want) and want.pop("audio_tower.audio_bos_eos_token.weight") is None
-    assert not got.pop("audio_tower.audio_bos_eos_token.weight").any()
-    apart = {
-        k: np.abs(x - want[k].numpy()).max() / want[k].abs().max().item() for k, x in got.items()
-    }
+    film = tree(CFG, FILM, text=6)
+    inputs = their_inputs([film], [(FILM,)])
+    apart, none = prompts.gradients_apart(oracle[1], inputs, fresh(), film, BUDGET)
+    assert none == {"audio_tower.audio_bos_eos_token.weight"}
     assert max(apart.values()) < 1e-3
 
 
 def test_greedy_generation_equals_transformers(oracle):
-    torch, theirs = oracle
-    film = tree(FILM, seed=2)
-    want = theirs.generate(
-        **their_inputs(torch, [film], [(FILM,)]),
-        max_new_tokens=32,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=1,
-    )
-    ours, out, start = model(), [], layout.next_position(film)
-    state, prompt = prefill(ours, *rows(film))
-    state, branch = state[:, None], empty_branches(prompt, 1, 32)
-    length = jnp.full(2, len(film.prompt))
-    for i in range(32):
-        token = (state @ ours.unembedding().T).argmax(-1).astype(jnp.int32)
-        out.append(int(token[0, 0]))
-        at = jnp.full((2, 1), start + i)
-        state, branch = decode(ours, token, at, prompt, length, branch, jnp.int32(i))
-    assert out == want[0, len(film.prompt) :].tolist()
+    film = tree(CFG, FILM, seed=2)
+    want = prompts.generate(oracle[1], their_inputs([film], [(FILM,)]), 32)
+    assert prompts.greedy(model(fresh()), BUDGET, [film], 32) == want
 
 
 # --- configs
@@ -307,22 +208,6 @@ def test_folders_of_transformers_and_full_checkpoints_are_read(oracle, tmp_path)
 TRUE = dataclasses.replace(CFG, vision=dataclasses.replace(TOWER, tokens_per_second=25))
 
 
-def some_media(r, both):
-    """A few media of all kinds; `both`: the videos have sound."""
-    media = []
-    for kind in r.choice(["image", "video", "audio"], r.integers(0, 4)):
-        grid = (int(r.integers(1, 9)), *(2 * r.integers(1, 4, 2)).tolist())
-        sound = int(r.integers(3, 900))
-        if kind == "image":
-            media.append(Medium("image", (1, *grid[1:])))
-        elif kind == "audio":
-            media.append(Medium("audio", sound=sound))
-        else:
-            seconds = float(r.choice([0.5, 1.0, 0.4, 3.0, 0.13, 1 / 3, 2.5]))
-            media.append(Medium("video", grid, seconds, sound if both else 0))
-    return media
-
-
 def test_positions_and_tokens_equal_transformers():
     """Integer for integer. The reference is the same in transformers 4.57 and 5.23."""
     torch = pytest.importorskip("torch", reason="the oracle: pip install jaxvid[oracle]")
@@ -342,7 +227,8 @@ def test_positions_and_tokens_equal_transformers():
     how = {"position_id_per_seconds": 25, "seconds_per_chunk": 2.0}
     r, prompting = np.random.default_rng(0), TRUE.prompting
     for trial in range(60):
-        media = some_media(r, both := bool(trial % 2))
+        both = bool(trial % 2)
+        media = prompts.some_media(r, ["image", "video", "audio"], loud=both)
         pieces = [r.integers(10, 64, 3)]
         for m in media:
             placed = prompting.expand(m, lambda text: [])
@@ -408,7 +294,7 @@ def test_positions_refuse_tokens_of_other_media():
 
 def test_one_layer_of_everything_at_true_width_equals_transformers():
     """Decoder 3584 / 18944, vision 1280 / 3420, audio 1280 / 5120: 9e-6 apart at most."""
-    torch = pytest.importorskip("torch", reason="the oracle: pip install jaxvid[oracle]")
+    pytest.importorskip("torch", reason="the oracle: pip install jaxvid[oracle]")
     import transformers
 
     full = omni.Config.from_hf(published())
@@ -425,25 +311,14 @@ def test_one_layer_of_everything_at_true_width_equals_transformers():
     graph, shapes = hf.abstract(cfg)
     params = filled(shapes, 0.07, np.asarray)  # a standard deviation of 0.02
     config = transformers.Qwen2_5OmniThinkerConfig(**cfg.to_hf())
-    with torch.device("meta"):
-        theirs = transformers.Qwen2_5OmniThinkerForConditionalGeneration(config)
-    stored = {}
-    for path, v in hf._leaves(params):  # views, not copies
-        place = omni.places(cfg)[path]
-        x = weights.to_stored(np.asarray(v[0] if "{}" in place.name else v[...]), place)
-        x = x.reshape(-1, *place.stored) if place.stored else x
-        stored[place.name.format(0)] = torch.from_numpy(x)
-    names = {k: stored.pop(omni.hub_name(k)) for k in theirs.state_dict()}
-    assert not stored
-    theirs.load_state_dict(names, assign=True)
-    for module in theirs.modules():  # what no file has was made on the meta device
+    build = lambda: transformers.Qwen2_5OmniThinkerForConditionalGeneration(config)
+    theirs = prompts.assigned(build, cfg, params)
+    for module in theirs.modules():  # made on the meta device too
         if isinstance(module, type(theirs.model.audio_tower.positional_embedding)):
             module.positional_embedding = module.compute_default_singular_positional_embedding()
-        if hasattr(module, "inv_freq"):
-            module.__init__(module.config)
-    film = tree(FILM, cfg=cfg)
+    film = tree(cfg, FILM)
     budget = dataclasses.replace(BUDGET, rows=1, tokens=48, frames=3, patches=16, chunks=1)
     run = jax.jit(lambda p, *x: nnx.merge(graph, p).hidden(*x), compiler_options=QUICK)
-    got = run(params, *layout.prompts([film], budget))[0, : len(film.prompt)]
-    want = run_theirs((torch, theirs.eval()), [film], [(FILM,)])[0]
+    got = run(params, *rows(budget, film))[0, : len(film.prompt)]
+    want = run_theirs(theirs, their_inputs([film], [(FILM,)], cfg), [film])[0]
     assert worst([got], want) < 1e-4

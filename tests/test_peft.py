@@ -9,8 +9,8 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 from nets import adapted
-from qwen import frames, fresh, hidden, model, plain, rows, sequence
-from test_hf import their_inputs
+from prompts import CLIP, model, run_theirs, states, tree, worst
+from qwen import BUDGET, FIVE, fresh, their_inputs
 
 from jaxvid import paths
 from jaxvid.models import hf, lora, peft
@@ -50,20 +50,15 @@ def test_peft_loads_the_adapter_and_gives_our_logits(name, base, tmp_path):
     loaded, graph, params = noisy(settings)
     peft.save(tmp_path / "a", loaded.cfg, params, settings, base=str(base))
     theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, dtype=torch.float32).eval()
-    ids, seen = sequence(8), frames()
-    tokens = rows(plain(ids))
-    position_ids = torch.tensor(tokens.positions[0, :, None, : len(ids)].astype(np.int64))
-    inputs = their_inputs(torch, ids, seen) | {"position_ids": position_ids}
-    with torch.no_grad():
-        before = theirs(**inputs).logits[0].numpy()
-        wrapped = library.PeftModel.from_pretrained(theirs, str(tmp_path / "a")).eval()
-        want = wrapped(**inputs).logits[0].numpy()
-        merged = wrapped.merge_and_unload().state_dict()
-    trained = hf.Loaded(loaded.cfg, graph, params)
-    ours = model(trained)
-    got = hidden(ours, tokens, seen)[0, : len(ids)] @ ours.unembedding().T
-    np.testing.assert_allclose(got, want, atol=2e-4)
-    assert np.abs(before - want).max() > 0.1
+    one = tree(FIVE, CLIP, text=8)
+    inputs = their_inputs([one], [(CLIP,)])
+    before = run_theirs(theirs, inputs, [one])[1]
+    wrapped = library.PeftModel.from_pretrained(theirs, str(tmp_path / "a")).eval()
+    want = run_theirs(wrapped, inputs, [one])[1]
+    merged = wrapped.merge_and_unload().state_dict()
+    ours = model(hf.Loaded(loaded.cfg, graph, params))
+    got = [x @ np.asarray(ours.unembedding()).T for x in states(ours, BUDGET, [one])]
+    assert worst(got, want) < 2e-4 and worst(before, want) > 0.1
     hf.save(tmp_path / "m", loaded.cfg, lora.merge(params, settings), dtype="float32")
     stored = safetensors.numpy.load_file(tmp_path / "m" / "model.safetensors")
     named = {hf.family_of(loaded.cfg).hub_name(k): x.numpy() for k, x in merged.items()}

@@ -16,7 +16,8 @@ from arrays import close, normal
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qwen import CFG, QUICK, VIDEO, fresh
+from prompts import QUICK
+from qwen import CFG, VIDEO, fresh
 
 from jaxvid import score, sharding
 from jaxvid.batch import Batch, Scores, TokenBatch

@@ -304,10 +304,11 @@ def positions(
             )
         out[:, i:first] = start + np.arange(first - i)[None]
         start += first - i
-        step = float(seconds) if fractional else int(seconds)
-        interval = cfg.vision.tokens_per_second * step if run[0] == cfg.video_token_id else 1
-        # float32 and then truncated, as the reference does it
-        time = (np.arange(t, dtype=np.float32) * np.float32(interval)).astype(np.int32)
+        # float32 and then truncated, as the reference does it: its processor hands over float32
+        step = np.float32(seconds) if fractional else np.trunc(np.float32(seconds))
+        step = step * np.float32(cfg.vision.tokens_per_second)
+        interval = step if run[0] == cfg.video_token_id else np.float32(1)
+        time = (np.arange(t, dtype=np.float32) * interval).astype(np.int32)
         grid = np.stack(np.meshgrid(time, np.arange(h), np.arange(w), indexing="ij"))
         i = first + t * h * w
         out[:, first:i] = start + grid.reshape(3, -1)
