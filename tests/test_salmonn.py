@@ -431,15 +431,19 @@ seconds = st.one_of(st.sampled_from([0.1, 0.2, 0.5, 0.6, 1.0, 1 / 3, 0.7]), st.f
     st.integers(0, 160),
     st.integers(1, 2),
     st.sampled_from(["", "{seconds:.0f}s"]),
+    st.lists(st.floats(0.0, 3.0), min_size=9, max_size=9),
+    st.booleans(),
 )
 @settings(max_examples=300, deadline=None)
-def test_frames_and_sound_stand_as_time_goes(frames, seconds, sound, queries, stamp):
+def test_frames_and_sound_stand_as_time_goes(frames, seconds, sound, queries, stamp, when, even):
     """Every frame's features and every window with sound in it once, in order, each window
     between its frames, whichever of the two is longer."""
     cfg = dataclasses.replace(
         CFG, qformer=dataclasses.replace(ASKED, queries=queries), time_stamp=stamp
     )
-    medium = Medium("video", (frames, 7, 7), seconds, sound)
+    at = np.arange(frames) * seconds if even else np.sort(when[:frames])
+    times = () if even else tuple(at.tolist())
+    medium = Medium("video", (frames, 7, 7), seconds, sound, times=times)
     if not frames:
         medium = Medium("audio", sound=max(sound, 1))
     placed, windows = cfg.prompting.expand(medium, encode), -(-medium.sound // 10)
@@ -450,18 +454,18 @@ def test_frames_and_sound_stand_as_time_goes(frames, seconds, sound, queries, st
     assert (placed.vision > 0).sum() == (placed.ids == 5).sum()
     assert ((placed.vision > 0) <= (placed.ids == 5)).all()
     assert ((placed.sound > 0) == (placed.ids == 6)).all()
-    of_frame = (placed.vision - 1) // 9 * seconds
+    of_frame = np.append(at, 0.0)[(placed.vision - 1) // 9]  # -1 is of no frame
     of_window = (placed.sound - 1) // queries * 0.1
     times = np.where(placed.vision > 0, of_frame, np.where(placed.sound > 0, of_window, np.nan))
     times = times[~np.isnan(times)]
     assert (np.diff(times) >= -1e-6).all()
     last = np.maximum.accumulate(placed.vision)  # the frame that stands before each token
     for i in np.flatnonzero(placed.sound) if frames else ():
-        frame = (last[i] - 1) // 9
-        assert frame * seconds <= of_window[i] + 1e-6
-        assert frame == frames - 1 or of_window[i] < (frame + 1) * seconds + 1e-6
+        frame = (last[i] - 1) // 9  # -1: before the first
+        assert frame < 0 or at[frame] <= of_window[i] + 1e-6
+        assert frame == frames - 1 or of_window[i] < at[frame + 1] + 1e-6
     words = placed.ids[(placed.vision == 0) & (placed.sound == 0)].tolist()
-    said = [encode(stamp.format(seconds=i * seconds)) for i in range(frames)] if stamp else []
+    said = [encode(stamp.format(seconds=x)) for x in at.tolist()] if stamp else []
     assert words == [token for text in said for token in text]
 
 

@@ -63,9 +63,7 @@ IGNORED = {  # of config.json: what says nothing about what is computed here
             "num_hidden_layers max_target_positions pad_token_id bos_token_id eos_token_id "
             "use_weighted_layer_sum classifier_proj_size apply_spec_augment mask_time_prob "
             "mask_time_length mask_time_min_masks mask_feature_prob mask_feature_length "
-            "mask_feature_min_masks median_filter_width tie_word_embeddings init_std "
-            "decoder_start_token_id is_encoder_decoder suppress_tokens begin_suppress_tokens "
-            "forced_decoder_ids max_length"
+            "mask_feature_min_masks median_filter_width tie_word_embeddings forced_decoder_ids"
         ).split(),
     ],
     "qformer": [*llava.IGNORED["vision"], "max_position_embeddings", "pad_token_id"],
@@ -336,9 +334,9 @@ class Prompting:
         return {which: f"<{which}>" for which in TOKENS}
 
     def expand(self, medium: Medium, encode: Callable[[str], list[int]]) -> Placed:
-        """All tokens of a medium. Frame i stands at i times `medium.seconds`; a window of sound
-        stands after the last frame that is not later than its start, so sound beyond the last frame
-        stands after that one. An image is a frame alone.
+        """All tokens of a medium. Frames stand at `medium.times` or, where there are none, every
+        `medium.seconds`; a window of sound stands after the last frame that is not later than its
+        start, so sound beyond the last frame stands after that one. An image is a frame alone.
 
         Raises ValueError for frames of another size than the tower's, for audio without sound and
         for sound of more segments than the model has vectors for.
@@ -351,17 +349,18 @@ class Prompting:
                 f"tower takes {c.vision.side} x {c.vision.side}. Bring frames to {c.vision.image} "
                 "pixels a side."
             )
-        times, slots = np.arange(frames) * float(medium.seconds), self.vision.pooled
+        times = np.asarray(medium.times or np.arange(frames) * medium.seconds, np.float64)
+        slots = self.vision.pooled
         pad = c.image_token_id if medium.kind == "image" else c.video_token_id
-        pieces = []
         cuts = self._cuts(times, windows) * c.qformer.queries
-        for i in range(max(frames, 1)):
+        heard = [(c.audio_token_id, 0, 1 + i) for i in range(cuts[-1])]
+        pieces = heard[: cuts[0]]
+        for i in range(frames):
             if c.time_stamp and medium.kind == "video":
                 text = encode(c.time_stamp.format(seconds=float(times[i])))
                 pieces += [(token, 0, 0) for token in text]
-            if frames:
-                pieces += [(pad, 1 + i * slots + j, 0) for j in range(slots)]
-            pieces += [(c.audio_token_id, 0, 1 + j) for j in range(cuts[i], cuts[i + 1])]
+            pieces += [(pad, 1 + i * slots + j, 0) for j in range(slots)]
+            pieces += heard[cuts[i] : cuts[i + 1]]
         return Placed(*np.array(pieces, np.int32).T)
 
     def _windows(self, medium: Medium) -> int:
@@ -381,12 +380,10 @@ class Prompting:
         return -(-heard // (2 * c.qformer.window))
 
     def _cuts(self, times: Float[np.ndarray, "t"], windows: int) -> Int[np.ndarray, "_"]:
-        """Where the windows are cut: those that start before times[0], which is 0, and times[1] are
-        the first frame's, and so on; a sound without frames is one piece."""
+        """How many windows start before each frame, and how many there are."""
         each = 2 * self.cfg.qformer.window / FRAMES_PER_SECOND
-        first = np.ceil(times[1:] / each - 1e-6)  # a start that is the frame's time is not before
-        first = np.minimum(first, windows).astype(np.int64)
-        return np.concatenate([[0], first, [windows]])
+        first = np.ceil(times / each - 1e-6)  # a start that is the frame's time is not before
+        return np.append(np.minimum(first, windows), windows).astype(np.int64)
 
     def positions(
         self, tokens: Int[np.ndarray, "n"], media: Sequence[Medium]
