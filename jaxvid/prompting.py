@@ -4,6 +4,7 @@ Read without JAX, as all of data preparation is that does not make batches.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -23,6 +24,8 @@ class Vision:
     # How: "smart" rounds the sides to whole tokens (size 0), "exact" resizes to the square whatever
     # the aspect, "crop" brings the shorter side to it and cuts the middle out.
     fit: Literal["smart", "exact", "crop"] = "smart"
+    # Canvases (height, width) on which an image is laid and cut into tiles of `size`; () cuts none.
+    pinpoints: tuple[tuple[int, int], ...] = ()
     pooled: int = 0  # features of a frame where the model pools them; 0 is one per merged patch
 
     def slots(self, patches: int) -> int:
@@ -78,3 +81,42 @@ class Prompting(Protocol):
     ) -> Int[np.ndarray, "3 n"]:
         """(time, height, width) of each token; three equal rows where the family has one axis."""
         ...
+
+
+# Tiles: how LLaVA cuts an image ------------------------------------------------------------------
+
+Size = tuple[int, int]
+
+
+class Tiles(NamedTuple):
+    """How to cut an image: resize it to `resized`, lay it at `at` (top, left) on black of `canvas`,
+    cut `grid` (rows, columns) tiles in reading order. Before them goes the whole image, stretched
+    to a tile."""
+
+    grid: Size
+    canvas: Size
+    resized: Size
+    at: Size
+
+
+def best(size: Size, pinpoints: Sequence[Size]) -> Size:
+    """The pinpoint that keeps most of the image's pixels; of several, the one that wastes least."""
+
+    def merit(point):
+        scale = min(point[1] / size[1], point[0] / size[0])
+        kept = min(int(size[1] * scale) * int(size[0] * scale), size[0] * size[1])
+        return kept, kept - point[0] * point[1]
+
+    return max(pinpoints, key=merit)  # the first of equals, as transformers takes it
+
+
+def tiles(size: Size, vision: Vision) -> Tiles:
+    """The tiles of an image of `size` pixels."""
+    canvas, side = best(size, vision.pinpoints), vision.size
+    across, down = canvas[1] / size[1], canvas[0] / size[0]
+    if across < down:
+        resized = min(math.ceil(size[0] * across), canvas[0]), canvas[1]
+    else:
+        resized = canvas[0], min(math.ceil(size[1] * down), canvas[1])
+    at = (canvas[0] - resized[0]) // 2, (canvas[1] - resized[1]) // 2
+    return Tiles((canvas[0] // side, canvas[1] // side), canvas, resized, at)

@@ -314,6 +314,31 @@ def test_frames_cropped_are_clip_s():
         np.testing.assert_array_equal(got, want.transpose(0, 2, 3, 1))
 
 
+@pytest.mark.parametrize(
+    "family, name",
+    [
+        ("llava_next", "LlavaNextImageProcessorPil"),
+        ("llava_onevision", "LlavaOnevisionImageProcessorPil"),
+    ],
+)
+def test_tiles_of_an_image_are_llava_s(family, name):
+    """The whole image stretched to a square, then the tiles of its black-edged canvas."""
+    points = ((42, 84), (84, 42), (84, 84), (42, 126))
+    square, fit = {"height": 42, "width": 42}, "exact"
+    how = {"size": square, "image_grid_pinpoints": [list(p) for p in points]}
+    if family == "llava_next":
+        how, fit = how | {"size": {"shortest_edge": 42}, "crop_size": square}, "crop"
+    process = pil_processor(family, name, **how)
+    vision = Vision(patch=14, merge=1, temporal=1, size=42, fit=fit, pinpoints=points)
+    for height, width in [(30, 90), (100, 61), (42, 42), (55, 43), (20, 150)]:
+        (picture,) = pixels(1, height, width)
+        want = process(picture, return_tensors="np")["pixel_values"][0]
+        cut = frames.cut(Image.fromarray(picture), vision)
+        got = frames.fit(cut, (42, 42), vision)
+        assert len(got) == frames.shown(height, width, vision) == len(want)
+        np.testing.assert_array_equal(got, want.transpose(0, 2, 3, 1))
+
+
 # ---- patches
 
 

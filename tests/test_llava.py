@@ -513,7 +513,7 @@ def test_data_puts_the_features_in_place(cfg, tmp_path):
     chat.build_tokenizer(["a b"], 320, tmp_path, special=special, markers=prompting.markers)
     said = chat.Chat(tmp_path, prompting.markers)
     side, square = cfg.vision.side, cfg.vision.side**2
-    budget = layout.Budget(rows=1, tokens=96, scored=0, branches=0, frames=3, patches=square)
+    budget = layout.Budget(rows=1, tokens=320, scored=0, branches=0, frames=5, patches=square)
     sampling = media.Sampling(frames=2, height=cfg.vision.image, width=cfg.vision.image)
     how = pipeline.Data(shards=("none",), tasks=("policy",), budget=budget, sampling=sampling)
     build = pipeline.Builder(said, prompting, how)
@@ -521,7 +521,7 @@ def test_data_puts_the_features_in_place(cfg, tmp_path):
     Image.fromarray(shown[0]).save(file := io.BytesIO(), "PNG")
     for count, data, token in (
         (2, media.encode(shown, 2.0), video_id),
-        (1, file.getvalue(), image_id),
+        (1 + int(np.prod(prompting.tiles((40, 60)).grid)), file.getvalue(), image_id),
     ):
         clip = build.clip(data, "clip", how)
         assert clip.medium.grid == (count, side, side) and clip.medium.size == (40, 60)
@@ -529,8 +529,8 @@ def test_data_puts_the_features_in_place(cfg, tmp_path):
         at = tokens.tokens[0] == token
         want = prompting.expand(clip.medium, list).vision
         assert tokens.media[0, at].tolist() == want.tolist() and not tokens.media[0, ~at].any()
-        assert vision.patches.shape == (1, 3, square, cfg.vision.patch_values)
-        assert vision.window[0].sum(1).tolist() == [square] * count + [0] * (3 - count)
+        assert vision.patches.shape == (1, 5, square, cfg.vision.patch_values)
+        assert vision.window[0].sum(1).tolist() == [square] * count + [0] * (5 - count)
 
 
 # --- one layer of the decoder at true width

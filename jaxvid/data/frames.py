@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
 
-from jaxvid.prompting import Vision
+from jaxvid.prompting import Vision, tiles
 
 Policy = Literal["qwen_vl_utils", "qwen2_vl", "qwen3_vl", "uniform"]
 _EVEN = ("qwen_vl_utils", "qwen2_vl")  # policies that take an even number of frames
@@ -274,6 +274,24 @@ def fit(
         whole = _resized(picture, w, h)
         out.append(np.asarray(whole.crop((left, top, left + width, top + height))))
     return np.stack(out)
+
+
+def cut(picture: Image.Image, vision: Vision) -> list[Image.Image]:
+    """The whole image as one tile, then its tiles in reading order, where the model cuts images."""
+    if not vision.pinpoints:
+        return [picture]
+    grid, canvas, resized, (top, left) = tiles((picture.height, picture.width), vision)
+    laid = Image.new("RGB", canvas[::-1])
+    laid.paste(_resized(picture, resized[1], resized[0]), (left, top))
+    side = vision.size
+    corners = [(c * side, r * side) for r in range(grid[0]) for c in range(grid[1])]
+    parts = [laid.crop((x, y, x + side, y + side)) for x, y in corners]
+    return [_resized(picture, side, side), *parts]
+
+
+def shown(height: int, width: int, vision: Vision) -> int:
+    """Pictures that an image of this size becomes."""
+    return 1 + math.prod(tiles((height, width), vision).grid) if vision.pinpoints else 1
 
 
 def _resized(picture: Image.Image, width: int, height: int) -> Image.Image:

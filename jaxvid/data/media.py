@@ -28,7 +28,7 @@ from jaxvid.data import boxes
 from jaxvid.data.frames import QWEN as QWEN
 from jaxvid.data.frames import MediaError as MediaError
 from jaxvid.data.frames import Sampling as Sampling
-from jaxvid.data.frames import fit, frame_indices, frame_size, grid, smart_resize
+from jaxvid.data.frames import cut, fit, frame_indices, frame_size, grid, shown, smart_resize
 from jaxvid.data.frames import patchify as patchify
 from jaxvid.prompting import Vision as Vision
 
@@ -72,7 +72,7 @@ def plan(data: bytes, sampling: Sampling, vision: Vision = QWEN) -> Plan:
     if _is_image(data):
         original = _image_size(data)
         size = frame_size(*original, sampling, vision)
-        patches = grid(1, *size, vision)
+        patches = grid(shown(*original, vision), *size, vision)
         once = np.zeros(1, np.int64)
         return Plan("image", once, 1, 0.0, original, size, patches, 0.0, once / 1, Fraction(0))
     told, heard = _header(data), _seconds_of_sound(data)
@@ -123,7 +123,7 @@ def decode(data: bytes, sampling: Sampling, vision: Vision = QWEN) -> Clip:
     if _is_image(data):
         image = _open_image(data)
         size = frame_size(image.height, image.width, sampling, vision)
-        return Clip(fit([image], size, vision), 0.0)
+        return Clip(fit(cut(image, vision), size, vision), 0.0)
     told, video = _header(data), lambda container: _stream(container, "video")
     with _open(data) as container:
         stream = video(container)

@@ -10,48 +10,11 @@ Left out: maps made smaller where an image has too many tiles (`Prompting.expand
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-from jaxvid.prompting import Medium, Placed, Vision
-
-Size = tuple[int, int]
-
-
-class Tiles(NamedTuple):
-    """How to cut an image: resize it to `resized`, lay it at `at` (top, left) on black of `canvas`,
-    cut `grid` (rows, columns) tiles in reading order. Before them goes the whole image, stretched
-    to a tile."""
-
-    grid: Size
-    canvas: Size
-    resized: Size
-    at: Size
-
-
-def best(size: Size, pinpoints: Sequence[Size]) -> Size:
-    """The pinpoint that keeps most of the image's pixels; of several, the one that wastes least."""
-
-    def merit(point):
-        scale = min(point[1] / size[1], point[0] / size[0])
-        kept = min(int(size[1] * scale) * int(size[0] * scale), size[0] * size[1])
-        return kept, kept - point[0] * point[1]
-
-    return max(pinpoints, key=merit)  # the first of equals, as transformers takes it
-
-
-def tiles(size: Size, pinpoints: Sequence[Size], side: int) -> Tiles:
-    """The tiles of `side` pixels of an image of `size` pixels."""
-    canvas = best(size, pinpoints)
-    across, down = canvas[1] / size[1], canvas[0] / size[0]
-    if across < down:
-        resized = min(math.ceil(size[0] * across), canvas[0]), canvas[1]
-    else:
-        resized = canvas[0], min(math.ceil(size[1] * down), canvas[1])
-    at = (canvas[0] - resized[0]) // 2, (canvas[1] - resized[1]) // 2
-    return Tiles((canvas[0] // side, canvas[1] // side), canvas, resized, at)
+from jaxvid.prompting import Medium, Placed, Size, Tiles, Vision, tiles
 
 
 def feature_map(grid: Size, side: int) -> Int[np.ndarray, "rows columns"]:
@@ -83,7 +46,6 @@ class Prompting:
     """
 
     vision: Vision
-    pinpoints: tuple[Size, ...]  # that an image may be cut from
     newline: bool  # after a video
     most: int  # tiles whose features an image's map may hold; 0: as many as there are
     image_token_id: int
@@ -101,7 +63,7 @@ class Prompting:
 
     def tiles(self, size: Size) -> Tiles:
         """How to cut an image of `size`."""
-        return tiles(size, self.pinpoints, self.vision.size)
+        return tiles(size, self.vision)
 
     def expand(self, medium: Medium, encode: Callable[[str], list[int]]) -> Placed:
         """Raises ValueError for a sound, for frames of another size than the tower's, for another
