@@ -225,11 +225,6 @@ def assigned(build, cfg, params):
 
 
 def worst(got, want):
-    print(
-        "WORST",
-        max(float(np.abs(a - b).max()) for a, b in zip(got, want, strict=True)),
-        max(float(np.abs(b).max()) for b in want),
-    )
     return max(float(np.abs(a - b).max()) for a, b in zip(got, want, strict=True))
 
 

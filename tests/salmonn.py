@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from omni import filled
+from prompts import filled
 from towers import pixels
 
 from jaxvid.data import layout

@@ -58,7 +58,7 @@ def oracle(request):
 
 
 def test_hidden_states_and_logits_equal_transformers(oracle):
-    """Left-padded batches and single sequences of theirs, rows of ours."""
+    """Left-padded batches and single sequences of theirs, rows of ours: 1.1e-5 apart at most."""
     trees = [tree(FIVE, *ms, seed=i) for i, ms in enumerate(MUTE)]
     got = prompts.states(oracle.ours, BUDGET, trees)
     logits = [x @ np.asarray(oracle.ours.unembedding()).T for x in got]
@@ -80,7 +80,8 @@ def test_hidden_states_at_the_positions_of_transformers_4_equal_transformers(ora
 
 
 def test_tower_equals_transformers(whole):
-    """An image and clips of several shapes: windows that are whole, cut off, and one for all."""
+    """An image and clips of several shapes: windows that are whole, and cut off. 2.3e-5 apart at
+    most, of features up to 20."""
     import torch
 
     small, wide = CLIP._replace(grid=(2, 4, 4)), CLIP._replace(grid=(1, 2, 12))
@@ -107,7 +108,8 @@ def test_packed_rows_equal_rows_of_one(oracle):
 
 
 def test_gradients_equal_transformers(oracle):
-    """Of the mean log-prob of the text after an image and a clip: every parameter, by its place."""
+    """Of the mean log-prob of the text after an image and a clip: every parameter, by its place.
+    5e-6 of its largest apart at most."""
     both = tree(FIVE, *MUTE[-1], text=6)
     apart, none = prompts.gradients_apart(
         oracle.theirs, their_inputs([both], MUTE[-1:]), oracle.loaded, both, BUDGET
@@ -252,7 +254,7 @@ def test_published_configs_have_the_size_of_transformers_modules(size):
 
 
 def test_one_layer_of_everything_at_true_width_equals_transformers():
-    """Decoder 3584 / 18944, 28 heads of which 4 are kept; vision 1280 / 3420, 16 heads."""
+    """Decoder 3584 / 18944, vision 1280 / 3420: 9e-6 apart at most."""
     pytest.importorskip("torch", reason=NO_TORCH)
     import transformers
 
