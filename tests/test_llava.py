@@ -367,7 +367,8 @@ def test_frames_of_the_published_models_have_their_tokens():
         cfg = parse(PUBLISHED[name][0])
         assert len(cfg.prompting.expand(video(cfg, 8), list).ids) == 8 * pooled + extra
         slots = (size // 14) ** 2 + pooled
-        want = dataclasses.replace(one, size=size, fit=fit, pooled=slots)
+        how = {"size": size, "fit": fit, "pooled": slots, "pinpoints": cfg.pinpoints}
+        want = dataclasses.replace(one, **how)
         assert cfg.prompting.vision == want
 
 

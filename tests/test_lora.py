@@ -122,6 +122,7 @@ def test_a_run_trains_the_adapters_alone():
     assert held == 2 * trained and trained < 0.1 * still
 
 
+@pytest.mark.usefixtures("quick")
 def test_dropout_comes_from_seed_and_step():
     """The same state and seed draw the same; another step, seed or micro-batch other masks."""
     cfg, data = dataclasses.replace(BLOCKS, dropout=0.3), batch([1, 1], rows=1)
@@ -170,6 +171,7 @@ def test_dropout_keeps_the_expected_input():
     assert len(keys) == 2 and (keys[0] != keys[1]).any()
 
 
+@pytest.mark.usefixtures("quick")
 def test_one_device_is_eight_with_dropout(tmp_path):
     """fsdp 4 x tensor 2, in three steps; b is split as its layer's outputs are."""
     data, results = batch(range(1, 9), 4), []

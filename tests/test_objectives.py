@@ -352,7 +352,7 @@ class Toy:
 
     table = jnp.asarray(np.random.default_rng(0).normal(size=(11, 4)), jnp.float32)
 
-    def hidden(self, tokens, vision):
+    def hidden(self, tokens, vision, audio):
         return self.table[tokens.tokens]
 
     def unembedding(self):
