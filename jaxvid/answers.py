@@ -16,11 +16,23 @@ THINK, END_THINK = "<think>", "</think>"
 ANSWER, END_ANSWER = "<answer>", "</answer>"
 TAGS = (THINK, END_THINK, ANSWER, END_ANSWER)
 
+# Digits are 0 to 9 alone: `\d` would take those of other scripts.
 _LETTER = re.compile(r"\(?([A-Z])\)?\.?")  # B | B. | (B) | B) ; an unclosed "(B" is refused below
 _VERDICT = re.compile(r"(yes|no)(?:[.,:;!](?:\s+(.*))?)?", re.IGNORECASE | re.DOTALL)
-_NUMBER = re.compile(r"(?<![\w.,:/-])[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\w,:/%]|\.\d)")
-_SECONDS = re.compile(r"([+-]?\d+(?:\.\d+)?)\s*(?:s|sec|secs|second|seconds)?\.?", re.IGNORECASE)
-_CLOCK = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{2}(?:\.\d+)?)\.?")
+_NUMBER = re.compile(
+    r"(?<![\w.,:/-])[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?![\w,:/%]|\.[0-9])"
+)
+_SECONDS = re.compile(
+    r"([+-]?[0-9]+(?:\.[0-9]+)?)\s*(?:s|sec|secs|second|seconds)?\.?", re.IGNORECASE
+)
+_TIME = r"[+-]?[0-9:.]+\s*(?:s|sec|secs|second|seconds)?"
+_INTERVAL = re.compile(
+    rf"\[?\(?(?:from\s+)?({_TIME})\s*(?:-|–|to|,)\s*({_TIME})\)?\]?\.?", re.IGNORECASE
+)
+_TRACK = re.compile(r"(?P<name>[^<>;:]+)<id(?P<id>[0-9]+)>(?P<boxes>[^<>]+)</id(?P=id)>")
+_COORDINATE = r"\s*(-?[0-9]+(?:\.[0-9]+)?)\s*"
+_BOX = re.compile(rf"frame([0-9]+):\[{','.join([_COORDINATE] * 4)}\]")
+_CLOCK = re.compile(r"(?:([0-9]+):)?([0-9]{1,2}):([0-9]{2}(?:\.[0-9]+)?)\.?")
 
 
 def formatted(text: str) -> bool:
@@ -47,10 +59,13 @@ def _cut(text: str) -> tuple[str, str, str]:
 def stated(text: str, *, tagged: bool = False) -> list[str]:
     """The answers a reply states, stripped: what stands in its answer tags, else the bare rest.
 
-    Empty if the tags are broken (unclosed, nested, out of order) or, with `tagged`, if there is no
-    answer tag.
+    Empty if the tags are broken (unclosed, nested, out of order, an answer inside a thought) or,
+    with `tagged`, if there is no answer tag.
     """
     if ANSWER in text or END_ANSWER in text:
+        thoughts = [piece.partition(END_THINK)[0] for piece in text.split(THINK)[1:]]
+        if any(tag in thought for thought in thoughts for tag in (ANSWER, END_ANSWER)):
+            return []
         pieces = text.split(ANSWER)
         if END_ANSWER in pieces[0]:
             return []
@@ -122,13 +137,13 @@ def is_right(text: str, answer: str, options: int, *, tagged: bool = False) -> b
     return read(text, options, tagged=tagged) == wanted
 
 
-def yes_no(text: str) -> str | None:
+def yes_no(text: str, *, tagged: bool = False) -> str | None:
     """ "yes" or "no" if the reply is that word, alone or followed by punctuation and a reason.
 
     None for "Nothing happens", "Yes or no: no", and where the reason contains the other word.
     """
     found = set()
-    for body in stated(text):
+    for body in stated(text, tagged=tagged):
         match = _VERDICT.fullmatch(body)
         if match is None:
             return None
@@ -140,24 +155,74 @@ def yes_no(text: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def number(text: str) -> float | None:
+def number(text: str, *, tagged: bool = False) -> float | None:
     """The one number the reply states ("3", "There are 3 balls.", "1,000"); None if two differ.
 
-    Fractions, percentages, clock times and digits glued to letters are not read as numbers.
+    `tagged` reads it from answer tags, where it must stand alone. Fractions, percentages, clock
+    times and digits glued to letters are not read as numbers.
     """
-    found = {float(m[0].replace(",", "")) for body in stated(text) for m in _NUMBER.finditer(body)}
+    bodies = stated(text, tagged=tagged)
+    if tagged and not all(_NUMBER.fullmatch(body.removesuffix(".")) for body in bodies):
+        return None
+    found = {float(m[0].replace(",", "")) for body in bodies for m in _NUMBER.finditer(body)}
     return found.pop() if len(found) == 1 else None
 
 
-def seconds(text: str) -> float | None:
+def seconds(text: str, *, tagged: bool = False) -> float | None:
     """A time in seconds: "1.5", "1.5 s", "-0.4 seconds", "0:05", "1:02:03.5"; None for the rest."""
-    found = set()
-    for body in stated(text):
-        plain, clock = _SECONDS.fullmatch(body), _CLOCK.fullmatch(body)
-        if plain:
-            found.add(float(plain[1]))
-        elif clock and float(clock[3]) < 60 and (clock[1] is None or int(clock[2]) < 60):
-            found.add(3600 * int(clock[1] or 0) + 60 * int(clock[2]) + float(clock[3]))
-        else:
-            return None
+    found = {_time(body) for body in stated(text, tagged=tagged)}
     return found.pop() if len(found) == 1 else None
+
+
+def interval(text: str, *, tagged: bool = False) -> tuple[float, float] | None:
+    """A stretch of time in seconds, start first: "1.5 - 3 s", "from 0:01 to 0:03", "[1.5, 3.0]".
+
+    None if it states none, two different ones, or one that ends before it starts.
+    """
+    found = set()
+    for body in stated(text, tagged=tagged):
+        match = _INTERVAL.fullmatch(body)
+        ends = (_time(match[1]), _time(match[2])) if match else (None, None)
+        if None in ends or ends[1] < ends[0]:
+            return None
+        found.add(ends)
+    return found.pop() if len(found) == 1 else None
+
+
+def _time(text: str) -> float | None:
+    plain, clock = _SECONDS.fullmatch(text.strip()), _CLOCK.fullmatch(text.strip())
+    if plain:
+        return float(plain[1])
+    if clock and float(clock[3]) < 60 and (clock[1] is None or int(clock[2]) < 60):
+        return 3600 * int(clock[1] or 0) + 60 * int(clock[2]) + float(clock[3])
+    return None
+
+
+Box = tuple[float, float, float, float]
+
+
+def tracks(text: str) -> dict[str, dict[int, Box]] | None:
+    """Trajectories in Video-UTR's text (https://arxiv.org/abs/2502.12081):
+    `Name<id1>frame1:[x0,y0,x1,y1];frame2:[...]</id1>`, by name, then by frame.
+
+    None for text that holds anything else but tracks, a name or a frame twice, a box without area,
+    or no track at all.
+    """
+    found: dict[str, dict[int, Box]] = {}
+    rest = text.strip()
+    while rest:
+        match = _TRACK.match(rest)
+        if match is None or match["name"].strip() in found:
+            return None
+        boxes: dict[int, Box] = {}
+        for part in match["boxes"].split(";"):
+            one = _BOX.fullmatch(part.strip())
+            if one is None or int(one[1]) in boxes:
+                return None
+            x0, y0, x1, y1 = map(float, one.groups()[1:])
+            if x1 <= x0 or y1 <= y0:
+                return None
+            boxes[int(one[1])] = (x0, y0, x1, y1)
+        found[match["name"].strip()] = boxes
+        rest = rest[match.end() :].lstrip(" \n,;")
+    return found or None

@@ -36,6 +36,14 @@ SHIPPED = "@checkpoints/"
 Ask, Rollout = evaluation.Settings, policy_loop.Settings
 Replies = Sampling  # how a rollout draws; Data.sampling says which frames are seen
 Optimizer = AdamW | Muon | Adafactor
+Reward = (
+    rewards.Answer
+    | rewards.YesNo
+    | rewards.Number
+    | rewards.Seconds
+    | rewards.Interval
+    | rewards.Tracks
+)
 Advantage = Duality | GRPO | DAPO | DrGRPO
 
 
@@ -102,7 +110,7 @@ class PolicyRun(Run):
 
     objective: Policy = Policy()
     rollout: Rollout = Rollout()
-    reward: rewards.Answer = rewards.Answer()
+    reward: Reward = rewards.Answer()
     advantages: Advantage = Duality()
     reference: str = ""  # read where objective.kl_coef is above 0; "" is the start
     ask: Ask | None = Ask()

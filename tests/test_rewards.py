@@ -74,3 +74,101 @@ def test_overlong():
     assert (rewards.Overlong()(lengths, 20) == 0).all()
     with pytest.raises(ValueError, match="overlong.buffer = 20"):
         rewards.Overlong(buffer=20)(lengths, 20)
+
+
+def say(answer: str, thought: str = "so it is") -> str:
+    return f"<think>{thought}</think> <answer>{answer}</answer>"
+
+
+def grade(reward, answer, completion):
+    return reward.grade(answer, completion)
+
+
+TRACK = "Ball<id1>frame1:[0,0,2,2];frame2:[2,0,4,2]</id1>"
+
+GRADES = [
+    (rewards.YesNo(), "no", say("No."), 1),
+    (rewards.YesNo(), "no", say("Yes"), 0),
+    (rewards.YesNo(), "no", say("no and yes"), 0),
+    (rewards.YesNo(), "no", say("nothing"), 0),
+    (rewards.YesNo(), "no", "no", 0),  # from the tag alone
+    (rewards.Number(), "3", say("3"), 1),
+    (rewards.Number(), "3", say("2, 3 or 4"), 0),
+    (rewards.Number(tolerance=0.5), "3", say("3.4"), 1),
+    (rewards.Number(tolerance=0.5), "3", say("3.6"), 0),
+    (rewards.Seconds(), "0.8", say("0.9 s"), 1),
+    (rewards.Seconds(), "0.8", say("1.4 s"), 0.5),
+    (rewards.Seconds(), "0.8", say("2.1"), 0),
+    (rewards.Seconds(), "0.1", say("-0.1"), 0),  # the other direction
+    (rewards.Seconds(), "0", say("-0.1"), 1),
+    (rewards.Seconds(), "-0.4 s", say("-0.4 seconds"), 1),
+    (rewards.Seconds(), "0.4", say("0.4 or 0.8"), 0),
+    (rewards.Interval(), "1 - 3 s", say("1 - 3"), 1),
+    (rewards.Interval(), "1 - 3 s", say("from 2 to 4 s"), 1 / 3),
+    (rewards.Interval(enough=0.3), "1 - 3 s", say("from 2 to 4 s"), 1),
+    (rewards.Interval(), "1 - 3 s", say("0:02 - 0:03"), 0.5),
+    (rewards.Interval(), "1 - 3 s", say("[4, 5]"), 0),
+    (rewards.Interval(), "1 - 3 s", say("3 - 1"), 0),
+    (rewards.Interval(), "1 - 3 s", say("0 - 1000000"), 2e-6),
+    (rewards.Interval(), "2 - 2 s", say("2 - 2"), 1),
+    (rewards.Tracks(), TRACK, say(TRACK), 1),
+    (rewards.Tracks(), TRACK, say("Ball<id7>frame1:[0,0,2,2]</id7>"), 0.5),
+    (rewards.Tracks(), TRACK, say("Ball<id1>frame1:[0,0,2,1];frame2:[2,0,4,2]</id1>"), 0.75),
+    (rewards.Tracks(), TRACK, say(TRACK + ";Cup<id2>frame1:[0,0,1,1]</id2>"), 2 / 3),
+    (rewards.Tracks(), TRACK, say(TRACK + TRACK), 0),  # a name twice
+    (rewards.Tracks(), TRACK, say("Ball<id1>frame1:[0,0,0,2]</id1>"), 0),  # no area
+    (rewards.Tracks(), TRACK, say("It moves. " + TRACK.replace("Ball", "")), 0),
+    (rewards.Tracks(), TRACK, say("Ball<id1>frame1:[0,0,2,2];frame1:[2,0,4,2]</id1>"), 0),
+]
+
+
+@pytest.mark.parametrize("reward, answer, reply, wanted", GRADES)
+def test_grades_by_hand(reward, answer, reply, wanted):
+    np.testing.assert_allclose(grade(reward, answer, reply), wanted, rtol=1e-6)
+    paid = reward(Asked(options=(), answer=answer), reply)
+    formed = float(answers.formatted(reply))
+    assert paid == pytest.approx((formed + wanted, formed, float(wanted == 1)))
+
+
+EACH = [
+    (rewards.YesNo(), "yes"),
+    (rewards.Number(), "3"),
+    (rewards.Seconds(), "0.8"),
+    (rewards.Interval(), "1 - 3 s"),
+    (rewards.Tracks(), TRACK),
+]
+
+
+@pytest.mark.parametrize("reward, right", EACH)
+def test_tricks_earn_no_grade(reward, right):
+    """Nothing, thoughts, several answers, look-alikes, quotes of the question, endless replies."""
+    asked = f"Answer with {right} or not?"
+    tricks = (
+        "",
+        right,
+        f"<think>{right}</think>",
+        f"<think><answer>{right}</answer></think>",
+        say("", right),
+        say(f"{right} | 9 s"),
+        say(right) + say("7 - 9 s"),
+        say(asked),
+        say(f"<answer>{right}</answer>"),
+        say(right.replace("3", "３").replace("e", "е").replace("0", "о").replace("f", "ｆ")),
+        f"<answer>{right}",
+        say("x" * 100_000),
+        say((right + " ") * 3000),
+    )
+    assert grade(reward, right, say(right)) == 1
+    for trick in tricks:
+        assert grade(reward, right, trick) == 0, trick[:80]
+
+
+@pytest.mark.parametrize("reward, right", EACH)
+def test_an_answer_that_a_reward_cannot_read_is_an_error(reward, right):
+    with pytest.raises(ValueError, match="the example's answer is 'blue'; this reward wants"):
+        reward(Asked(options=(), answer="blue"), say(right))
+    gated = dataclasses.replace(reward, gated=True, format_weight=0.5)
+    assert gated(Asked(options=(), answer=right), f"<answer>{right}</answer>").total == 0
+    assert gated(Asked(options=(), answer=right), say(right)).total == 1.5
+    with pytest.raises(ValueError, match="0 <= tolerance < reach"):
+        rewards.Seconds(tolerance=1.0)
