@@ -5,14 +5,13 @@ for a slice is `jaxvid-launch preflight`'s; the two are held together by a test.
 """
 
 import pathlib
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
-from jaxvid.data import chat, frames, media, sound
+from jaxvid.data import chat, frames, media, pipeline
 from jaxvid.models import hf
-from jaxvid.prompting import Medium
 
 GIB = 2**30
 
@@ -40,30 +39,19 @@ def parts(cfg: Any) -> dict[str, int]:
 def cost(folder: pathlib.Path, cfg: Any, told: media.Plan, *, heard: bool) -> Cost:
     """Tokens of a planned clip, its start and end tokens and time stamps included."""
     family = cfg.prompting
-    hears = heard and family.sound is not None
-    mels = sound.mel_frames(round(told.sound * family.sound.rate)) if hears else 0
-    times = tuple(told.times.tolist())
-    medium = Medium(told.kind, told.grid, told.seconds, mels, told.original, times)
+    medium = pipeline.measured(told, family, heard=heard, where=str(folder))
     words = chat.Chat(folder, family.markers)
     placed = family.expand(medium, words.encode)
-    return Cost(told.kind, len(told.indices), told.size, told.grid, mels, len(placed.ids))
+    count = len(told.indices)
+    return Cost(told.kind, count, told.size, told.grid, medium.sound, len(placed.ids))
 
 
 def imagined(
     seconds: float, height: int, width: int, sampling: frames.Sampling, cfg: Any
 ) -> media.Plan:
     """The plan of a clip that is not there: 30 frames a second, with sound."""
-    rate, vision = 30.0, cfg.prompting.vision
-    total = max(1, round(seconds * rate))
-    indices = frames.frame_indices(total, rate, sampling)
-    size = frames.frame_size(height, width, sampling, vision, len(indices))
-    patches = frames.grid(len(indices), *size, vision)
-    each = total / rate / len(indices) * vision.temporal
-    last = np.minimum(np.arange(1, patches[0] + 1) * vision.temporal, len(indices)) - 1
-    times = (indices[:: vision.temporal] / rate + indices[last] / rate) / 2
-    return media.Plan(
-        "video", indices, total, rate, (height, width), size, patches, each, times, seconds
-    )
+    total, told = max(1, round(30 * seconds)), Fraction(seconds).limit_denominator(1000)
+    return media.planned(total, 30.0, (height, width), told, sampling, cfg.prompting.vision)
 
 
 def memory(
@@ -75,6 +63,8 @@ def memory(
     weights that are trained (None: all). Counted for remat "full": the inputs of all layers are
     kept, the inside of one. The vision tower's inside, smaller at a time, is not added.
     """
+    if chips < 1 or tokens < 1:
+        raise ValueError(f"{chips} chips and {tokens} tokens on each; give at least one of both")
     text = cfg.text
     every = sum(parts(cfg).values())
     learnt = every if trained is None else trained

@@ -84,6 +84,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _sampling_flags(p)
     p.add_argument("--chips", type=int, default=16, help="that share the weights in training")
     p.add_argument("--tokens", type=int, default=8192, help="of the rows of one chip")
+    p.add_argument("--trained", type=int, help="weights that are trained; default: all")
     p.add_argument("--moments", type=int, default=2, help="of the optimizer; AdamW 2, Adafactor 0")
     verb("env", _env, "versions and devices, for a report", "")
     p = verb("tiny", _tiny, "a small model with fresh weights", "qwen2_5_vl runs/start")
@@ -231,7 +232,10 @@ def _inspect(args: argparse.Namespace, rest: list[str]) -> int:
     if args.clip:
         told = media.plan(args.clip.read_bytes(), sampling, cfg.prompting.vision)
     else:
-        height, width = map(int, args.pixels.split("x"))
+        size = args.pixels.split("x")
+        if len(size) != 2 or not all(side.isdigit() and int(side) for side in size):
+            raise ValueError(f"--pixels {args.pixels!r}; give HEIGHTxWIDTH, such as 720x1280")
+        height, width = map(int, size)
         told = inspection.imagined(args.seconds, height, width, sampling, cfg)
     clip = inspection.cost(args.model, cfg, told, heard=args.sound)
     h, w = clip.size
@@ -239,7 +243,8 @@ def _inspect(args: argparse.Namespace, rest: list[str]) -> int:
     print(f"{named}: {clip.tokens:,} tokens")
     print(f"  {clip.frames} frames of {h} x {w}, {clip.sound} log-mel frames, by {sampling}")
     cfg = dataclasses.replace(cfg, compute=Compute(dtype="bfloat16"))
-    each = inspection.memory(cfg, chips=args.chips, tokens=args.tokens, moments=args.moments)
+    step = {"chips": args.chips, "tokens": args.tokens, "moments": args.moments}
+    each = inspection.memory(cfg, **step, trained=args.trained)
     print(f"training in bfloat16 on {args.chips} chips, {args.tokens:,} tokens on each, about")
     for what, size in each.items():
         print(f"  {size:8.2f} GiB  {what}")

@@ -62,3 +62,24 @@ def test_the_verb_prints_parts_tokens_and_memory(folder, capsys):
     assert f"{total:,} parameters" in text
     for said in ("ears", "tower", "decoder", "4 frames of", "300 log-mel", "on 4 chips", "a chip"):
         assert said in text
+
+
+def test_what_cannot_be_counted_is_said(folder, tmp_path, capsys):
+    ask = ["inspect", str(folder)]
+    for flags, said in (
+        (["--pixels", "720p"], "--pixels '720p'; give HEIGHTxWIDTH"),
+        (["--pixels", "0x9"], "--pixels '0x9'; give HEIGHTxWIDTH"),
+        (["--chips", "0"], "0 chips and 8192 tokens on each; give at least one"),
+    ):
+        assert main.main([*ask, *flags]) == 1
+        assert said in capsys.readouterr().err
+    runs.tiny("qwen2_5_vl", tmp_path / "deaf")
+    assert main.main(["inspect", str(tmp_path / "deaf"), "--sound"]) == 1
+    assert "this model does not hear; leave it out" in capsys.readouterr().err
+
+
+def test_trained_weights_are_a_flag(folder, capsys):
+    assert main.main(["inspect", str(folder), "--trained", "0", "--chips", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (moments,) = [line for line in lines if line.endswith("moments")]
+    assert float(moments.split()[0]) == 0

@@ -80,21 +80,34 @@ def plan(data: bytes, sampling: Sampling, vision: Vision = QWEN) -> Plan:
         none = np.zeros(0, np.int64)
         flat = (0, 0)
         return Plan("audio", none, 0, 0.0, flat, flat, (0, 0, 0), 0.0, none / 1, heard)
-    indices = frame_indices(told.total, told.rate, sampling)
+    return planned(told.total, told.rate, told.original, heard, sampling, vision)
+
+
+def planned(
+    total: int,
+    rate: float,
+    original: tuple[int, int],
+    heard: Fraction,
+    sampling: Sampling,
+    vision: Vision,
+) -> Plan:
+    """The plan of a video of `total` frames at `rate` a second, `original` pixels (height, width)
+    and so many seconds of sound."""
+    indices = frame_indices(total, rate, sampling)
     n, t = len(indices), vision.temporal
-    size = frame_size(*told.original, sampling, vision, n)
+    size = frame_size(*original, sampling, vision, n)
     patches = grid(n, *size, vision)
     last = np.minimum(np.arange(1, patches[0] + 1) * t, n) - 1
     return Plan(
         kind="video",
         indices=indices,
-        total=told.total,
-        rate=told.rate,
-        original=told.original,
+        total=total,
+        rate=rate,
+        original=original,
         size=size,
         grid=patches,
-        seconds=told.total / told.rate / n * t,
-        times=(indices[::t] / told.rate + indices[last] / told.rate) / 2,  # as transformers rounds
+        seconds=total / rate / n * t,
+        times=(indices[::t] / rate + indices[last] / rate) / 2,  # as transformers rounds
         sound=heard,
     )
 

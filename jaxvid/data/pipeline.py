@@ -79,6 +79,27 @@ class Prompts(NamedTuple):
     examples: list[records.Example]
 
 
+def measured(told: media.Plan, family: Prompting, *, heard: bool, where: str) -> Medium:
+    """A planned clip as the family's tokens depend on it; `heard`: a video's sound counts too.
+
+    Raises ValueError, which names `where`, for what the family cannot take.
+    """
+    if told.kind not in family.markers:
+        raise ValueError(
+            f"{where} is {told.kind}, which this model does not take; use records with "
+            f"{' or '.join(family.markers)}"
+        )
+    if heard and family.sound is None:
+        raise ValueError(
+            f"{where}: sound is asked for (data.sound, --sound), and this model does not hear; "
+            "leave it out, or use a model with an audio tower"
+        )
+    hears = family.sound is not None and bool(told.sound) and (heard or told.kind == "audio")
+    mels = sound.mel_frames(round(told.sound * family.sound.rate)) if hears else 0
+    times = tuple(told.times.tolist())
+    return Medium(told.kind, told.grid, told.seconds, mels, told.original, times)
+
+
 @dataclasses.dataclass(frozen=True)
 class Builder:
     """Makes the trees of a record. Pickled into workers with what it needs of the model."""
@@ -176,25 +197,12 @@ class Builder:
         told = media.plan(data, how.sampling, family.vision)
         if kind:
             media.require(told, kind, sound=how.sound and kind == "video")
-        if told.kind not in family.markers:
-            raise ValueError(
-                f"{where} is {told.kind}, which this model does not take; use records with "
-                f"{' or '.join(family.markers)}"
-            )
-        if how.sound and family.sound is None:
-            raise ValueError(
-                f"{where}: data.sound is set, and this model does not hear; unset it, or use a "
-                "model with an audio tower"
-            )
-        heard = family.sound is not None and bool(told.sound) and (how.sound or not told.rate)
-        frames = sound.mel_frames(round(told.sound * family.sound.rate)) if heard else 0
-        times = tuple(told.times.tolist())
-        medium = Medium(told.kind, told.grid, told.seconds, frames, told.original, times)
+        medium = measured(told, family, heard=how.sound, where=where)
         self._check_length(where, medium)
         patches = chunks = lengths = None
         if told.kind != "audio":
             patches = self._patches(data, name, how, blank)
-        if heard:
+        if medium.sound:
             samples = media.decode_sound(data, family.sound.rate)
             chunks, lengths = sound.chunks(samples, family.sound)
         return Clip(medium, layout.Clip(patches, told.grid, chunks, lengths), side)
