@@ -19,18 +19,10 @@ from jaxvid.models import decoder, qwen3_vision, text_config
 from jaxvid.models.family import Family, Place, Places, Reader, decoder_places, refuse
 from jaxvid.models.layers import Compute
 from jaxvid.models.multimodal import Features, Multimodal
+from jaxvid.models.qwen25vl import TOKEN_NAMES
 from jaxvid.prompting import Medium, Placed, Vision
 
-TEXT_NAMES = {
-    "layers": "num_hidden_layers",
-    "width": "hidden_size",
-    "ffn": "intermediate_size",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "vocab": "vocab_size",
-    "norm_eps": "rms_norm_eps",
-    "max_positions": "max_position_embeddings",
-}
+TEXT_NAMES = text_config.NAMES | {"kv_heads": "num_key_value_heads"}
 VISION_NAMES = {
     "layers": "depth",
     "width": "hidden_size",
@@ -43,15 +35,6 @@ VISION_NAMES = {
     "channels": "in_channels",
     "positions": "num_position_embeddings",
 }
-TOKEN_NAMES = (
-    "image_token_id",
-    "video_token_id",
-    "vision_start_token_id",
-    "vision_end_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
