@@ -9,6 +9,7 @@ WORLD = "runs/world"  # jaxvid-forge procedural --out runs/world
 STEPS = "runs/steps"  # jaxvid-forge steps --shards runs/world --out runs/steps
 BASE = "@checkpoints/tiny_base"
 REPLY = 16  # tokens a reply may have; the longest right one has 14
+STEPWISE = 56  # tokens of a reply in steps; the longest right one has 46
 SAMPLING = media.Sampling(frames=8, height=48, width=48)
 
 
@@ -65,6 +66,21 @@ def steps(pairs: int, split: str = "train") -> pipeline.Data:
         split=split,
         tasks=("sft",),
         budget=layout.Budget(rows=pairs, tokens=288, scored=96, branches=2, frames=8, patches=36),
+        pairs=pairs,
+        sampling=SAMPLING,
+    )
+
+
+def step_pairs(pairs: int) -> pipeline.Data:
+    """Steps behind their prefixes and whole replies; a row holds a question with all of its pairs.
+
+    A prompt has at most 92 tokens; 2 pairs of replies and 3 steps of 4 alternatives, with their
+    prefixes, at most 19 branches of 540 tokens.
+    """
+    return pipeline.Data(
+        shards=("runs/step_pairs/shards",),
+        tasks=("preference",),
+        budget=layout.Budget(rows=pairs, tokens=640, scored=480, branches=20, frames=8, patches=36),
         pairs=pairs,
         sampling=SAMPLING,
     )

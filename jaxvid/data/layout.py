@@ -229,6 +229,21 @@ def next_position(tree: Tree) -> int:
     return int(tree.positions[:, -1].max()) + 1
 
 
+def extend(tree: Tree, tokens: Ids) -> Tree:
+    """The tree with text after its prompt: what a reply has said so far becomes part of it.
+
+    Positions go on as they would in a branch, so the reply is read the same either way.
+    """
+    where = np.tile(next_position(tree) + np.arange(len(tokens), dtype=np.int32), (3, 1))
+    pad = lambda x: np.pad(x, (0, len(tokens)))
+    return tree._replace(
+        prompt=np.concatenate([tree.prompt, np.asarray(tokens, np.int32)]),
+        positions=np.concatenate([tree.positions, where], axis=1),
+        seen=pad(tree.seen),
+        heard=pad(tree.heard),
+    )
+
+
 class Span(NamedTuple):
     """Where a branch lies, counted from the start of its tree."""
 
@@ -421,16 +436,21 @@ def _media_index(tree: Tree, at: Size, frames: tuple[int, int]) -> Int[np.ndarra
 
 def prompts(trees: Sequence[Tree], budget: Budget) -> tuple[TokenBatch, VisionBatch, AudioBatch]:
     """One prompt a row, in the order given, branches left out: what the sampler reads."""
+    batch = rows([t._replace(branches=()) for t in trees], budget)
+    return batch.tokens, batch.vision, batch.audio
+
+
+def rows(trees: Sequence[Tree], budget: Budget) -> Batch:
+    """One tree a row, in the order given; rows that are left over are padding."""
     if len(trees) > budget.rows:
         raise ValueError(
             f"{len(trees)} prompts for {budget.rows} rows; give at most {budget.rows} at a time"
         )
     batch = empty(budget, trees[0] if trees else None)
     for row, t in enumerate(trees):
-        bare = t._replace(branches=())
-        check_fits(bare, budget)
-        _write(batch, row, Size(), bare)
-    return batch.tokens, batch.vision, batch.audio
+        check_fits(t, budget)
+        _write(batch, row, Size(), t, [b.mate for b in t.branches])
+    return batch
 
 
 def stack(batches: Sequence[Batch], multiple: int = 0) -> Batch:
