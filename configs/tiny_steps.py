@@ -35,8 +35,8 @@ def get_config(runlocal: bool = False) -> StepsRun:
             sampling=Sampling(max_tokens=_tiny.STEPWISE),
             step_tokens=20,
             path_pairs=2,
-            rows=100,
-            limit=600,
+            records=32,
+            limit=400,
         )
     return StepsRun(
         model=_tiny.BASE if runlocal else "runs/steps_sft/model",
