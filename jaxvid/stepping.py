@@ -5,7 +5,7 @@
     WORKDIR/summary.json    counts, shares, and why questions, steps and alternatives were left out
 
 A run that was stopped goes on after the last whole group of `steps.records`, and makes the same
-bytes as one that was not.
+bytes as one that was not. So does one with another `steps.limit`: what is made is kept.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from jaxvid.rollout import contrast, steps
 def run(run: StepsRun, workdir: pathlib.Path) -> dict[str, Any]:
     """Make the pairs of every policy question of the split; returns the summary.
 
-    A finished WORKDIR is left as it is. Raises ValueError for settings that are not those of what
+    Raises ValueError for settings that are not those of what
     WORKDIR holds, for questions that cannot be used, and if no pair was found.
     """
     if jax.process_count() > 1:
@@ -42,12 +42,10 @@ def run(run: StepsRun, workdir: pathlib.Path) -> dict[str, Any]:
     source = _source(run)
     saved = json.loads(json.dumps(config.plain(run)))
     _same_settings(workdir, saved)
-    if (workdir / "summary.json").is_file():
-        return json.loads((workdir / "summary.json").read_text())
-    lines = _journal(workdir, run.steps.records)
+    lines = _journal(workdir, run.steps.records, len(source))
     if len(lines) < len(source):
         _make(run, source, workdir, len(lines))
-        lines = _journal(workdir, 1)
+        lines = _journal(workdir, run.steps.records, len(source))
     summary = summarise([line["tally"] for line in lines])
     if not any(line["examples"] for line in lines):
         raise ValueError(
@@ -91,10 +89,13 @@ def _source(run: StepsRun) -> _Records:
 
 
 def _same_settings(workdir: pathlib.Path, saved: dict[str, Any]) -> None:
-    """Write config.json; raise ValueError where a run with other settings is there."""
+    """Write config.json; raise ValueError where a run with other settings, but for its limit, is
+    there."""
     path = workdir / "config.json"
     if path.is_file():
-        changed = config.differences(json.loads(path.read_text()), saved)
+        before = json.loads(path.read_text())
+        before["steps"]["limit"] = saved["steps"]["limit"]
+        changed = config.differences(before, saved)
         if changed:
             raise ValueError(
                 f"{workdir} holds pairs made with other settings ({'; '.join(changed)}); give "
@@ -104,15 +105,17 @@ def _same_settings(workdir: pathlib.Path, saved: dict[str, Any]) -> None:
     path.write_text(json.dumps(saved, indent=1) + "\n")
 
 
-def _journal(workdir: pathlib.Path, group: int) -> list[dict[str, Any]]:
-    """The journal's whole lines, in whole groups; what a kill left half-written is cut off."""
+def _journal(workdir: pathlib.Path, group: int, count: int) -> list[dict[str, Any]]:
+    """The journal's lines of the first `count` records; fewer, in whole groups, where a kill left
+    it unfinished: what is half-written is cut off."""
     path = workdir / "journal.jsonl"
     if not path.is_file():
         return []
     whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    whole = whole[: len(whole) - len(whole) % group]
-    _replace(path, "".join(whole))
-    return [json.loads(line) for line in whole]
+    if len(whole) < count:
+        whole = whole[: len(whole) - len(whole) % group]
+        _replace(path, "".join(whole))
+    return [json.loads(line) for line in whole[:count]]
 
 
 def _make(run: StepsRun, source: _Records, workdir: pathlib.Path, done: int) -> None:

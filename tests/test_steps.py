@@ -11,7 +11,8 @@ import pytest
 import toy
 from flax import nnx
 
-from jaxvid import stepping
+from data_gen import build
+from jaxvid import main, stepping
 from jaxvid.config import StepsRun
 from jaxvid.data import layout, records, shards
 from jaxvid.data.records import Response
@@ -20,6 +21,7 @@ from jaxvid.ops.logprob import kl_ref
 from jaxvid.rollout import contrast, sampler, steps
 from jaxvid.rollout.sampler import Sampling
 from jaxvid.rollout.steps import Reply, Settings
+from jaxvid.train import metrics
 
 SETTINGS = Settings(
     separator="!",
@@ -325,6 +327,8 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(folder, scripted, tmp_pa
     assert stepping.run(recipe(folder), tmp_path / "cut") == summary
     assert calls == ["pair 0", "pair 1", "pair 1", "pair 2"]
     assert content(tmp_path / "cut") == content(tmp_path / "whole")
+    fewer = stepping.run(recipe(folder, limit=2), tmp_path / "cut")
+    assert (fewer["records"], len(content(tmp_path / "cut")[1])) == (2, 2)
     assert stepping.run(recipe(folder), tmp_path / "cut") == summary  # done: nothing is asked
     assert len(calls) == 4
 
@@ -373,3 +377,24 @@ def test_the_summary_of_nothing():
     summary = stepping.summarise([])
     assert summary["mean p"] is None and "none rolled out" in stepping.told(summary)
     assert json.dumps(summary)
+
+
+def test_the_recipes_run(tmp_path, quick, capsys):
+    """Forge, step pairs of the shipped base, and two updates of pDPO on them."""
+    world, pdpo = tmp_path / "world", tmp_path / "pdpo"
+    sizes = ("--train", "2", "--validation", "0", "--test", "0", "--workers", "0")
+    build.main(["procedural", "--out", str(world), *sizes])
+    steps_run = ["steps", "tiny_steps:runlocal", "--workdir", str(tmp_path / "pairs")]
+    assert main.main([*steps_run, "--data.shards", str(world)]) == 0
+    assert "step pairs: " in capsys.readouterr().out
+    source = shards.Source(tmp_path / "pairs" / "shards", "train")
+    assert any(not r.ends for record in source for e in record.examples for r in e.responses)
+    train = ["train", "tiny_pdpo:runlocal", "--workdir", str(pdpo), "--data.budget.rows", "8"]
+    flags = ["--data.shards", str(tmp_path / "pairs" / "shards"), "--objective.labels", "soft"]
+    assert main.main([*train, *flags]) == 0
+    rows = metrics.read(pdpo)
+    assert np.isfinite([row["loss"] for row in rows]).all()
+    assert (pdpo / "model" / "config.json").is_file()
+    assert main.main(["train", "tiny_steps:runlocal", "--workdir", str(tmp_path / "x")]) == 1
+    assert main.main(["steps", "tiny_pdpo:runlocal", "--workdir", str(tmp_path / "x")]) == 1
+    assert "wants a StepsRun" in capsys.readouterr().err
