@@ -16,13 +16,13 @@ from jaxvid.train.optimizers import AdamW
 
 
 def get_config(runlocal: bool = False) -> PreferenceRun:
-    records, steps = (2, 2) if runlocal else (8, 40)
+    records, steps = (2, 2) if runlocal else (8, 48)
     return PreferenceRun(
         model=_tiny.BASE if runlocal else "runs/steps_sft/model",
         compute=Compute(remat="none", unroll=4),
         data=_tiny.step_pairs(records),
         objective=PDPO(beta=0.1, labels="hard"),
-        optimizer=AdamW(lr=2e-5, warmup=0 if runlocal else 5, final=0.1),
+        optimizer=AdamW(lr=3e-5, warmup=0 if runlocal else 5, final=0.1),
         steps=steps,
-        checkpoint_every=20,
+        checkpoint_every=24,
     )
