@@ -11,6 +11,7 @@ import sys
 
 import jax
 import numpy as np
+import optax
 import pairs
 import policies
 import pyarrow.parquet as pq
@@ -217,7 +218,8 @@ def test_a_run_killed_anywhere_goes_on_bit_for_bit(folder, tmp_path):
     """kill -9 in a rollout, in an update and in the writing of a checkpoint; metrics and weights
     are those of the run that was left alone."""
     script = [sys.executable, str(pathlib.Path(__file__).with_name("killed.py")), str(folder)]
-    env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    root = str(pathlib.Path(__file__).parent.parent)
+    env = {**os.environ, "PYTHONPATH": root, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
 
     def start(workdir, *where):
         done = subprocess.run(
@@ -354,8 +356,10 @@ def test_how_rows_are_cut_into_micro_batches_changes_nothing(run):
         budget = dataclasses.replace(parts.budget, rows=rows)
         found.append(update(run, parts._replace(budget=budget)))
     (a, first), (b, second) = found
-    for x, y in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params)):
-        np.testing.assert_allclose(x, y, atol=1e-5)
+    # Of the first step: what Adam's first moment holds. Adam itself blows rounding up.
+    moments = [jax.tree.leaves(optax.tree.get(s.opt_state, "mu")) for s in (a, b)]
+    for x, y in zip(*moments):
+        np.testing.assert_allclose(x, y, atol=1e-6)
     for name in ("loss", "grad_norm", "entropy", "ppo_kl"):
         assert first[name] == pytest.approx(second[name], abs=1e-5), name
 
@@ -388,7 +392,7 @@ def test_a_reward_that_fails_costs_its_group(run, tmp_path):
         update(run, run.parts(max_faults=0)._replace(reward=pay), 2)
     for value in (np.nan, np.inf):
         broken = lambda case, text, value=value: rewards.Reward(value, 0.0, 0.0)
-        parts = run.parts()._replace(reward=broken)
+        parts = run.parts(max_faults=12)._replace(reward=broken)
         assert update(run, parts)[1]["rewards/faults"] == 2 * 2 * 3  # every group, of refills too
 
 

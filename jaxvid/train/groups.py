@@ -169,7 +169,7 @@ def sample(
     settings = draw.settings
     for q in questions:
         for tree, example in zip(q.trees, q.examples):
-            _check(q, tree, example, draw)
+            check(q, tree, example, draw)
     asked = [(q, t, e) for q in questions for t, e in zip(q.trees, q.examples)]
     names = [zlib.crc32(f"{q.record.id}\0{e.name}\0{e.media}".encode()) for q, _, e in asked]
     keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(jnp.asarray(names, jnp.uint32))
@@ -197,7 +197,9 @@ def sample(
     return _by_pairs(questions, out, paid, settings), seconds
 
 
-def _check(question: Prompts, tree: layout.Tree, example: Any, draw: Draw) -> None:
+def check(question: Prompts, tree: layout.Tree, example: Any, draw: Draw) -> None:
+    """Raise ValueError unless the question is of a pair, and its longest replies would fit a row
+    beside it."""
     settings = draw.settings
     if example.media not in (0, 1):
         raise ValueError(
