@@ -182,7 +182,8 @@ class Run:
         tx, self.shared, self.mesh = optax.adamw(1e-5), shared, sharding.make_mesh()
         self.parts = parts(loaded, tx, words, sizes, self.mesh, shared)
         self.update = policy.make_update(self.parts, 0)
-        self.state = state.create(jax.tree.map(lambda x: x.copy(), loaded.params), tx)
+        params = jax.tree.map(lambda x: x.copy(), loaded.params)
+        self.state = state.create(params, tx, self.mesh)
         self.laps: list[dict[str, float]] = []
 
     def __call__(self):
