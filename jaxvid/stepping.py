@@ -21,7 +21,7 @@ import jax
 from flax import nnx
 from tqdm import tqdm
 
-from jaxvid import config, sharding
+from jaxvid import config, rewards, sharding
 from jaxvid.config import StepsRun
 from jaxvid.data import records, shards
 from jaxvid.data.records import Example, Record, Response
@@ -120,10 +120,14 @@ def _journal(workdir: pathlib.Path, group: int, count: int) -> list[dict[str, An
 
 def _make(run: StepsRun, source: _Records, workdir: pathlib.Path, done: int) -> None:
     """Append the records from number `done` on to the journal, a group at a time."""
-    reward = lambda example, text: reward_of(example, text).correct > 0
-    reward_of, size, rest = run.reward, run.steps.records, source.starting(done)
+
+    def right(record: Record, e: Example, text: str) -> bool:
+        named = (record.id, e.name, e.prompt, e.options, e.answer, e.media, record.meta)
+        return run.reward(rewards.Case(*named), text).correct > 0
+
+    size, rest = run.steps.records, source.starting(done)
     group = list(itertools.islice(rest, size))
-    steps.check(group, reward)  # before a model is read
+    steps.check(group, right)  # before a model is read
     mesh = sharding.make_mesh(run.replica, run.fsdp, run.tensor)
     with jax.set_mesh(mesh), tqdm(total=len(source), initial=done, unit="record") as bar:
         loaded = config.load_model(run, mesh)
@@ -133,13 +137,13 @@ def _make(run: StepsRun, source: _Records, workdir: pathlib.Path, done: int) -> 
             model=nnx.merge(loaded.graph, loaded.params),
             builder=builder,
             perturb=contrast.Noised(run.steps.noise, seen.image_mean, seen.image_std, run.seed),
-            right=reward,
+            right=right,
             settings=run.steps,
             seed=run.seed,
             mesh=mesh,
         )
         while group:
-            steps.check(group, reward)
+            steps.check(group, right)
             _append(workdir / "journal.jsonl", steps.make(parts, group))
             bar.update(len(group))
             group = list(itertools.islice(rest, size))

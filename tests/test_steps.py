@@ -198,7 +198,7 @@ def scripted(monkeypatch):
 def made(folder, settings=SETTINGS):
     builder = pairs.builder(folder)
     source = shards.Source(folder / "shards", "test")
-    right = lambda e, text: f"<answer>{e.answer}<" in text
+    right = lambda record, e, text: f"<answer>{e.answer}<" in text
     hook = contrast.Noised(100, (0.5,) * 3, (0.5,) * 3)
     parts = steps.Parts(None, builder, hook, right, settings, seed=0)
     return steps.make(parts, [source[0]])[0]
@@ -347,10 +347,10 @@ def test_bad_input_is_told_before_a_model_is_read(folder, tmp_path, monkeypatch)
     sound = records.Media("s", "audio", b"x", 1.0)
     deaf = dataclasses.replace(pairs.record(0), media=(sound, sound))
     with pytest.raises(ValueError, match="no picture to perturb"):
-        steps.check([deaf], lambda e, text: False)
+        steps.check([deaf], lambda record, e, text: False)
     silent = dataclasses.replace(pairs.record(0), examples=())
     with pytest.raises(ValueError, match="no policy question"):
-        steps.check([silent], lambda e, text: False)
+        steps.check([silent], lambda record, e, text: False)
 
 
 def test_a_run_without_pairs_says_why(folder, scripted, tmp_path, monkeypatch):

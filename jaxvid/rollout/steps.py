@@ -77,13 +77,16 @@ class Settings:
             raise ValueError("steps: " + "; ".join(bad))
 
 
+Right = Callable[[Record, Example, str], bool]  # whether a reply to a record's question is right
+
+
 class Parts(NamedTuple):
     """What pairs are made with. `perturb` is a hook of `pipeline.Builder.frames`."""
 
     model: nnx.Module
     builder: pipeline.Builder
     perturb: Callable[[UInt8[np.ndarray, "F h w 3"], str], UInt8[np.ndarray, "F h w 3"]]
-    right: Callable[[Example, str], bool]
+    right: Right
     settings: Settings
     seed: int
     mesh: Mesh | None = None
@@ -148,7 +151,7 @@ def cut(text: str, separator: str) -> tuple[str, bool]:
 # Pairs --------------------------------------------------------------------------------------------
 
 
-def check(found: Sequence[Record], right: Callable[[Example, str], bool]) -> None:
+def check(found: Sequence[Record], right: Right) -> None:
     """Raise ValueError for a question that no pair can be made of, before anything is sampled."""
     for record in found:
         asked = [e for e in record.examples if e.task == "policy"]
@@ -163,7 +166,7 @@ def check(found: Sequence[Record], right: Callable[[Example, str], bool]) -> Non
                     f"record {record.id!r}, example {e.name!r}: there is no picture to perturb. "
                     "Steps are chosen by what is seen; leave such questions out of these shards"
                 )
-            right(e, "")  # a reward says here that it cannot read the right answer
+            right(record, e, "")  # a reward says here that it cannot read the right answer
 
 
 def make(parts: Parts, found: Sequence[Record]) -> list[Made]:
@@ -248,7 +251,7 @@ def _draw(
     for i, question in enumerate(asked):
         texts = [parts.builder.chat.decode(t[:n]) for t, n in zip(out.tokens[i], out.length[i])]
         whole = [(before[i] if before else "") + text for text in texts]
-        right = [parts.right(question.example, text) for text in whole]
+        right = [parts.right(question.record, question.example, text) for text in whole]
         found.append([Reply(*r) for r in zip(texts, map(bool, out.ended[i]), right)])
     return found
 
