@@ -1,11 +1,15 @@
 """Pairs of steps and of whole replies from the SFT model's own replies, for pDPO.
 
-The settings are video-SALMONN-o1's (arXiv 2502.11775): 10 paths, the questions that fail, the top 3
-steps, 6 rollouts. A step ends with its line: `<end_of_step>` is twelve tokens here, "\\n" is one.
+The settings are video-SALMONN-o1's (arXiv 2502.11775): 10 paths, the top 3 steps, 6 rollouts; but
+for two. Kept are all questions with a wrong path, not the failed alone: tiny_pdpo.py says why. A
+step ends with its line: `<end_of_step>` is twelve tokens here, "\\n" is one.
 
 Run:     jaxvid steps configs/tiny_steps.py --workdir runs/step_pairs
 Test:    jaxvid steps configs/tiny_steps.py:runlocal --workdir /tmp/step_pairs
-Expect:  not measured yet
+Expect:  (seed 0) of 256 records 512 questions, 469 kept, 5,120 paths of which 53 % are right, 1,877
+         steps, 460 step pairs and 659 path pairs on 254 records; mean p of an alternative 0.41. Of
+         those failed alone (--steps.keep failed, 400 records, 800 questions): 224 kept, 231 and 306
+         pairs on 180 records, mean p 0.27. 1 to 2 s a record on two cores shared with other work.
 """
 
 from configs import _tiny
