@@ -176,7 +176,7 @@ class Chain(nnx.Module):
         cache = jnp.zeros((1, *tokens.tokens.shape, 1, 1))
         return self.table[...][token], Cache(cache, cache)
 
-    def decode(self, token, positions, prompt, length, branch, step):
+    def decode(self, token, positions, prompt, length, branch, step, at):
         return self.table[...][token], branch
 
 
