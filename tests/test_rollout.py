@@ -15,9 +15,10 @@ from jaxvid.batch import TokenBatch
 from jaxvid.data import layout, media
 from jaxvid.models import decoder, qwen25vl, vision
 from jaxvid.models.layers import Compute
-from jaxvid.rollout import sampler
+from jaxvid.rollout import drawing, sampler
 from jaxvid.rollout.sampler import Sampling
 
+pytestmark = pytest.mark.usefixtures("quick")
 VOCAB, PAD_ID, STOPS, BANNED = 40, 39, (30, 31, 32, 33, 34, 38), (35, 36, 37, 39)
 GROUP = 4
 VISION = media.Vision(patch=4, temporal=2, merge=2, window=16)
@@ -206,6 +207,8 @@ def chain(group, sampling, *, banned=()):
         (Sampling(max_tokens=1, top_k=2), (), [0.625, 0.375, 0, 0]),
         (Sampling(max_tokens=1, top_p=0.81), (), np.array([50, 30, 15, 0]) / 95),
         (Sampling(max_tokens=1, top_p=0.5), (), [1, 0, 0, 0]),
+        (Sampling(max_tokens=1, min_p=0.29), (), np.array([50, 30, 15, 0]) / 95),
+        (Sampling(max_tokens=1, temperature=0.5, min_p=0.29), (), np.array([25, 9, 0, 0]) / 34),
         (Sampling(max_tokens=1), (0,), [0, 0.6, 0.3, 0.1]),
     ],
 )
@@ -235,12 +238,64 @@ def test_truncate_by_hand():
     assert kept(top_p=0.7) == [[1, 0, 1, 0], [1, 0, 0, 0]]
     assert kept(top_p=0.71) == [[1, 0, 1, 1], [1, 0, 0, 0]]
     assert kept(top_p=1e-6) == [[1, 0, 0, 0], [1, 0, 0, 0]]
+    assert kept(min_p=0.5) == [[1, 0, 1, 1], [1, 0, 0, 0]]
+    assert kept(top_k=2, min_p=0.8) == [[1, 0, 0, 0], [1, 0, 0, 0]]
     assert kept() == kept(top_k=4) == [[1] * 4] * 2
+
+
+CUTS = [
+    dict(top_k=5),
+    dict(top_p=0.8),
+    dict(min_p=0.1),
+    dict(top_k=20, top_p=0.6),
+    dict(top_k=20, top_p=0.9, min_p=0.05),
+]
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
+@pytest.mark.parametrize("cuts", CUTS, ids=str)
+def test_truncate_is_that_of_transformers(cuts, temperature):
+    torch, hub = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    logits = 3 * np.random.default_rng(0).standard_normal((64, 50)).astype(np.float32)
+    warpers = {
+        "top_k": hub.TopKLogitsWarper,
+        "top_p": hub.TopPLogitsWarper,
+        "min_p": hub.MinPLogitsWarper,
+    }
+    want = hub.TemperatureLogitsWarper(temperature)(None, torch.tensor(logits))
+    for name, value in cuts.items():
+        want = warpers[name](value)(None, want)
+    got = sampler.truncate(jnp.asarray(logits) / temperature, **cuts)
+    np.testing.assert_array_equal(np.isfinite(got), np.isfinite(want.numpy()))
+    np.testing.assert_allclose(got, want.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 5.0])
+@pytest.mark.parametrize("cuts", [{}, *CUTS], ids=str)
+def test_banned_ids_are_never_drawn(cuts, temperature):
+    """They are the most likely ones; 400 draws."""
+    hidden, unembed = jnp.ones((2, 200, 1)), jnp.arange(30.0)[:, None] / 10
+    banned, sampling = (26, 27, 28, 29), Sampling(temperature=temperature, **cuts)
+    row_keys = jax.random.split(jax.random.key(0), (2, 200))
+    tokens, logp = drawing.draw(row_keys, hidden, unembed, sampling, banned)
+    assert not np.isin(tokens, banned).any() and np.isfinite(logp).all()
+    assert len(np.unique(tokens)) == 1 if temperature == 0 else len(np.unique(tokens)) > 2
 
 
 def test_wrong_settings_say_what_was_wanted():
     with pytest.raises(ValueError, match=r"max_tokens = 0, wanted at least 1; .*top_p = 0"):
         Sampling(max_tokens=0, top_p=0.0)
+    for wrong, wanted in (
+        (dict(temperature=-1.0), r"temperature = -1.0, wanted 0 \(greedy\) or more"),
+        (dict(top_k=-1), r"top_k = -1, wanted 0 \(all\) or more"),
+        (dict(top_p=1.5), r"top_p = 1.5, wanted in \(0, 1\]; 1 cuts nothing"),
+        (dict(min_p=2.0), r"min_p = 2.0, wanted in \[0, 1\]; 0 cuts nothing"),
+        (dict(stop=("a", "")), "stop = .*wanted texts of at least one character"),
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            Sampling(**wrong)
+    with pytest.raises(ValueError, match="no tokenizer here .*use generate_all"):
+        chain(1, Sampling(max_tokens=1, stop=("a",)))
     with pytest.raises(ValueError, match="both stop and banned"):
         chain(1, Sampling(max_tokens=1), banned=(3,))
     assert dataclasses.replace(Sampling(), temperature=0.0).temperature == 0

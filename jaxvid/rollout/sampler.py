@@ -138,7 +138,8 @@ def _setup(graph, group, sampling, stop_ids, banned_ids) -> Setup:
             f"ids {sorted(set(stop) & set(banned))} are both stop and banned; a reply could never "
             f"end. Take them out of banned_ids."
         )
-    return Setup(graph, group, sampling, stop, banned)
+    # stop strings are looked for by the host: no program depends on them
+    return Setup(graph, group, dataclasses.replace(sampling, stop=()), stop, banned)
 
 
 class Desk:
@@ -146,6 +147,7 @@ class Desk:
 
     def __init__(self, model, trees, chat, sampling, group, keys, rows, mesh):
         self.trees, self.chat, self.sampling, self.keys = trees, chat, sampling, keys
+        self.needs = [layout.size(t) for t in trees]
         self.mesh, self.ways = mesh, 1 if mesh is None else data_shards(mesh)
         self.rows = -(-(rows or len(trees)) // self.ways) * self.ways
         graph, self.params = nnx.split(model)
@@ -218,24 +220,23 @@ class Desk:
     def refill(self, slots: groups.Slots) -> groups.Slots:
         """The next prompts in free slots, at most one in each data shard."""
         per = self.rows // self.ways
-        which, where = [], np.full(self.ways, -1, np.int32)
+        which, where = [self.waiting[0]] * self.ways, np.full(self.ways, -1, np.int32)
         for shard, owners in enumerate(self.owner.reshape(self.ways, per)):
             free = np.flatnonzero(owners < 0)
             if len(free) and self.waiting:
                 where[shard] = free[0]
-                owners[free[0]] = self.waiting.popleft()
+                owners[free[0]] = which[shard] = self.waiting.popleft()
                 self.read[shard * per + free[0]] = 0
-            which.append(owners[free[0]] if where[shard] >= 0 else -1)
-        some = max(which)  # a row that goes nowhere is a copy of another
-        inputs, keys = self.prompts([some if i < 0 else i for i in which], self.ways)
+        # a row that goes nowhere is a copy of one that may
+        inputs, keys = self.prompts(which, self.ways)
         where = where if self.mesh is None else jax.device_put(where, self.placed(self.ways))
         return groups.refill(self.setup, self.params, slots, inputs, keys, where)
 
     def prompts(self, which: Sequence[int], rows: int):
         """(tokens, vision, audio) and keys of these trees, one a row, on the mesh."""
-        here = [self.trees[i] for i in which]
-        needs, all_needs = [layout.size(t) for t in here], [layout.size(t) for t in self.trees]
-        most = lambda field: max(getattr(n, field) for n in all_needs)
+        here, needs = [self.trees[i] for i in which], [self.needs[i] for i in which]
+        most = lambda field: max(getattr(n, field) for n in self.needs)
+        # none, or as many as any prompt has: two shapes and not one for each number of them
         some = lambda field: most(field) if any(getattr(n, field) for n in needs) else 0
         frames = some("frames")
         budget = layout.Budget(

@@ -1,0 +1,163 @@
+"""Slots that take the next prompt: the same replies in fewer steps, cut at stop strings."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxvid.data import chat, layout, media
+from jaxvid.models import decoder, qwen25vl, vision
+from jaxvid.models.layers import Compute
+from jaxvid.rollout import groups, sampler
+from jaxvid.rollout.sampler import Sampling
+
+pytestmark = pytest.mark.usefixtures("quick")
+GROUP, LIMIT, PAD_ID = 2, 12, 6
+VISION = media.Vision(patch=4, temporal=2, merge=2, window=16)
+CONFIG = qwen25vl.Config(
+    text=decoder.Config(
+        layers=2, width=32, ffn=48, heads=4, kv_heads=2, vocab=320, rope_sections=(1, 1, 2)
+    ),
+    vision=vision.Config(
+        layers=1, width=16, ffn=24, heads=2, out=32, full=(0,), patch=4, temporal=2, window=16
+    ),
+    video_token_id=PAD_ID,
+    compute=Compute(remat="none"),
+)
+HOW = Sampling(max_tokens=LIMIT, temperature=0.8)
+
+
+@pytest.fixture(scope="module")
+def talk(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    chat.build_tokenizer(["the ball bounces off the wall and is gone."] * 3, 300, folder)
+    return chat.Chat(folder)
+
+
+@functools.cache
+def model(stops):
+    """Logits far apart; what ends a reply comes up about every eighth time."""
+    net = qwen25vl.Qwen25VL(CONFIG, rngs=nnx.Rngs(0))
+    stronger = jnp.full((320, 1), 10.0).at[jnp.array(stops)].set(32.0)
+    net.head[...] = net.head[...] * stronger
+    return net
+
+
+def tree(seed: int) -> layout.Tree:
+    """Text of some length, every other one after a clip."""
+    rng = np.random.default_rng(seed)
+    words, grid = rng.integers(20, 300, 40 if seed == 5 else 4 + 2 * seed), (2, 4, 4)
+    if seed % 2:
+        return layout.tree("text", words, np.tile(np.arange(len(words)), (3, 1)), VISION)
+    tokens = np.concatenate([[9], np.full(8, PAD_ID), words])
+    return layout.tree(
+        f"clip {seed}",
+        tokens,
+        qwen25vl.positions(tokens, [grid], [1.0], CONFIG),
+        VISION,
+        clips=[layout.Clip(rng.integers(0, 256, (2, 16, 3 * 2 * 16), np.uint8), grid)],
+        seen=layout.in_order(tokens == PAD_ID),
+    )
+
+
+TREES = [tree(seed) for seed in range(7)]
+KEYS = jax.random.split(jax.random.key(5), len(TREES))
+
+
+def run(talk, rows, sampling=HOW, net=None, mesh=None):
+    """Replies and how many decode steps they took."""
+    net = model(talk.stop_ids) if net is None else net
+    desk = sampler.Desk(net, TREES, talk, sampling, GROUP, KEYS, rows, mesh)
+    return desk.run(), desk.steps
+
+
+def same(a, b, atol=1e-5):
+    for name in ("tokens", "length", "ended"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+    np.testing.assert_allclose(a.logp, b.logp, atol=atol)
+
+
+def test_refilled_slots_give_the_same_replies_in_fewer_steps(talk):
+    together, _ = run(talk, 0)
+    refilled, steps = run(talk, 2)
+    same(together, refilled)
+    longest = together.length.max(1)  # a group takes as many steps as its longest branch, less one
+    assert len(set(longest)) > 2, "groups of one length would leave no slot free early"
+    in_pairs = sum(longest[i : i + 2].max() - 1 for i in range(0, len(TREES), 2))
+    assert (longest - 1).sum() / 2 <= steps < in_pairs
+
+
+def test_no_prompts_give_no_replies(talk):
+    how = {"group": GROUP, "keys": KEYS[:0]}
+    out = sampler.generate_all(model(talk.stop_ids), [], talk, HOW, **how)
+    assert out.tokens.shape == (0, GROUP, LIMIT) and out.length.shape == (0, GROUP)
+
+
+def cut_by_hand(talk, out, stops):
+    """Every reply up to the first token with which its text holds a stop string."""
+    out = sampler.Rollouts(*(leaf.copy() for leaf in out))
+    cuts = 0
+    for at in np.ndindex(out.length.shape):
+        for n in range(1, out.length[at] + 1):
+            if any(s in talk.decode(out.tokens[at][:n]) for s in stops):
+                cuts += n < out.length[at]
+                out.length[at], out.ended[at] = n, True
+                out.tokens[at][n:], out.logp[at][n:] = 0, 0
+                break
+    return out, cuts
+
+
+@pytest.mark.parametrize("rows", [2, 0])
+def test_stop_strings_cut_after_the_token_that_completes_them(talk, rows, monkeypatch):
+    plain, _ = run(talk, 0)
+    text = lambda at, a, b: talk.decode(plain.tokens[at][a:b])
+    longest = np.unravel_index(plain.length.argmax(), plain.length.shape)
+    across = text(longest, 3, 5)[1:-1] or text(longest, 3, 5)
+    stops = across, text((0, 0), 1, 2)
+    assert all(stops) and across not in (text(longest, 3, 4), text(longest, 4, 5))
+    wanted, cuts = cut_by_hand(talk, plain, stops)
+    assert cuts >= 2
+    for stride in (1, 3, 16):
+        monkeypatch.setattr(sampler, "STRIDE", stride)
+        got, _ = run(talk, rows, dataclasses.replace(HOW, stop=stops))
+        same(got, wanted)
+
+
+def test_engine_in_this_process(talk):
+    engine = sampler.Local(model(talk.stop_ids), talk, rows=2)
+    prompts = [sampler.Prompt(t) for t in TREES]
+    same(engine(prompts, HOW, group=GROUP, keys=KEYS), run(talk, 2)[0], 0)
+
+
+def planned(layers, room, limit, rows=4):
+    """(the compiler's plan of a step, bytes of the prompts' caches and of the rings)."""
+    cfg = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, layers=layers))
+    shapes = nnx.eval_shape(lambda: qwen25vl.Qwen25VL(cfg, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(shapes)
+    setup = groups.Setup(graph, GROUP, Sampling(max_tokens=limit), (1,), ())
+    budget = layout.Budget(rows=rows, tokens=64, scored=0, branches=0, frames=2, patches=16)
+    inputs = layout.prompts(TREES[:rows], budget)
+    fill = lambda p, k: groups.begin(setup, room, p, inputs, k)
+    slots = jax.eval_shape(fill, params, KEYS[:rows])
+    args = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), bool)
+    plan = groups.advance.lower(setup, params, slots, *args).compile().memory_analysis()
+    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return plan, size(slots.prompt), size(slots.branch)
+
+
+def test_the_caches_are_one_copy():
+    """A prompt's cache takes P + G R entries. By the compiler, a step of all slots gives its caches
+    back in place, and what it holds besides is one layer's, however many layers there are."""
+    (rows, room, limit), few, many = (4, 2048, 512), 2, 8
+    entry = 2 * few * CONFIG.text.kv_heads * CONFIG.text.head * 4  # keys and values, float32
+    plan, prompt, branch = planned(few, room, limit)
+    assert (prompt, branch) == (rows * room * entry, rows * GROUP * limit * entry)
+    assert plan.alias_size_in_bytes >= prompt + branch
+    deep, deep_prompt, deep_branch = planned(many, room, limit)
+    assert deep.alias_size_in_bytes >= deep_prompt + deep_branch == 4 * (prompt + branch)
+    assert deep.temp_size_in_bytes < 1.1 * plan.temp_size_in_bytes
+    assert deep.temp_size_in_bytes < (deep_prompt + deep_branch) / 4
