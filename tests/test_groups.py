@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxvid import sharding
 from jaxvid.data import chat, layout, media
 from jaxvid.models import decoder, qwen25vl, vision
 from jaxvid.models.layers import Compute
@@ -161,3 +163,51 @@ def test_the_caches_are_one_copy():
     assert deep.alias_size_in_bytes >= deep_prompt + deep_branch == 4 * (prompt + branch)
     assert deep.temp_size_in_bytes < 1.1 * plan.temp_size_in_bytes
     assert deep.temp_size_in_bytes < (deep_prompt + deep_branch) / 4
+
+
+def placed(net, mesh):
+    """The model with its parameters over the mesh as training keeps them."""
+    graph, params = nnx.split(net)
+    params = jax.device_put(params, sharding.parameter_shardings(params, mesh))
+    return nnx.merge(graph, params)
+
+
+def test_eight_devices_refill_as_one(talk):
+    """Four slots on four data shards, weights over fsdp and tensor, kv heads over tensor."""
+    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    net = placed(model(talk.stop_ids), mesh)
+    how = {"group": GROUP, "keys": KEYS[:5], "rows": 4, "mesh": mesh}
+    wanted = sampler.Rollouts(*(leaf[:5] for leaf in run(talk, 0)[0]))
+    same(sampler.generate_all(net, TREES[:5], talk, HOW, **how), wanted, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_device_holds_the_whole_of_the_weights(dtype):
+    """What eight devices' programs hold, by the compiler's text of them."""
+    cfg = dataclasses.replace(CONFIG, compute=Compute(dtype=dtype, remat="none"))
+    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    graph, params = nnx.split(nnx.eval_shape(lambda: qwen25vl.Qwen25VL(cfg, rngs=nnx.Rngs(0))))
+    like = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    params = jax.tree.map(like, params, sharding.parameter_shardings(params, mesh))
+    setup = groups.Setup(graph, GROUP, HOW, (1,), (2,))
+    budget = layout.Budget(rows=4, tokens=64, scored=0, branches=0, frames=2, patches=16)
+    with jax.set_mesh(mesh):
+        rows = sharding.row_sharding(mesh, 4)
+        inputs, keys = jax.device_put((layout.prompts(TREES[:4], budget), KEYS[:4]), rows)
+        first = groups.begin.lower(setup, 64, params, inputs, keys)
+        begin = first.compile()
+        slots = jax.tree.map(like, first.out_info, begin.output_shardings)
+        args = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), bool)
+        advance = groups.advance.lower(setup, params, slots, *args).compile()
+    for caches, heads in ((slots.prompt, 3), (slots.branch, 4)):
+        assert {str(x.sharding.spec[1]) for x in caches} == {"fsdp"}
+        assert {str(x.sharding.spec[heads]) for x in caches} == {"tensor"}
+    text = begin.as_text() + advance.as_text()
+    stacked = {x.shape for x in jax.tree.leaves(params["decoder"]["blocks"]) if x.size >= 1024}
+    words = {(320, 32)}  # the tables of tokens and of the unembedding
+    assert len(stacked) == 5
+    for shape in stacked | words:
+        whole = r"[a-z0-9]+\[" + ",".join(map(str, shape)) + r"\]"
+        assert not re.search(whole, text), f"{shape}: {re.search(whole, text)}"
+    size = sum(x.size * 4 for x in jax.tree.leaves(params))
+    assert advance.memory_analysis().argument_size_in_bytes < size / 4
