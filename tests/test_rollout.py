@@ -115,6 +115,26 @@ def test_log_probs_are_those_of_the_packed_rows(temperature, window):
         assert (out.tokens[b, g, out.length[b, g] :] == 0).all()
 
 
+def test_replies_go_on_from_the_steps_of_another():
+    """A prompt that a reply's first tokens extend: its branches' log-probs are those they have in
+    one tree, below a branch of those tokens."""
+    t, said = prompt_tree(0), np.array([7, 21, 3], np.int32)
+    prefix = layout.extend(t, said)
+    assert len(prefix.prompt) == len(t.prompt) + 3 and layout.size(prefix).frames == 2
+    out = rollouts([prefix], Sampling(max_tokens=8))
+    branches = [layout.Branch(said, np.zeros(3, bool))]
+    for g in range(GROUP):
+        ids = out.tokens[0, g, : out.length[0, g]]
+        ones = np.ones(len(ids), bool)
+        branches.append(layout.Branch(ids, ones, record=0, branch=g, parent=1))
+    budget = layout.Budget(rows=1, tokens=160, scored=96, branches=16, frames=8, patches=16)
+    (batch,) = layout.pack([[t._replace(branches=tuple(branches))]], budget)
+    logp = np.asarray(full_pass(1.0, 0)(batch.tokens, batch.vision).logp[0])
+    for g in range(GROUP):
+        mine = logp[batch.tokens.slot[0] == g + 2]
+        np.testing.assert_allclose(out.logp[0, g, : len(mine)], mine, atol=1e-4)
+
+
 def test_greedy_takes_the_most_likely_allowed_token():
     trees = [prompt_tree(0), prompt_tree(3, text=7)]
     out = rollouts(trees, Sampling(max_tokens=8, temperature=0.0))
