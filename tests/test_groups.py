@@ -1,7 +1,6 @@
 """Slots that take the next prompt: the same replies in fewer steps, cut at stop strings."""
 
 import dataclasses
-import functools
 import re
 
 import jax
@@ -9,83 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from slots import CONFIG, GROUP, HOW, KEYS, LIMIT, TREES, model, run, same, talker
 
 from jaxvid import sharding
-from jaxvid.data import chat, layout, media
-from jaxvid.models import decoder, qwen25vl, vision
+from jaxvid.data import layout
+from jaxvid.models import qwen25vl
 from jaxvid.models.layers import Compute
 from jaxvid.rollout import groups, sampler
 from jaxvid.rollout.sampler import Sampling
 
 pytestmark = pytest.mark.usefixtures("quick")
-GROUP, LIMIT, PAD_ID = 2, 12, 6
-VISION = media.Vision(patch=4, temporal=2, merge=2, window=16)
-CONFIG = qwen25vl.Config(
-    text=decoder.Config(
-        layers=2, width=32, ffn=48, heads=4, kv_heads=2, vocab=320, rope_sections=(1, 1, 2)
-    ),
-    vision=vision.Config(
-        layers=1, width=16, ffn=24, heads=2, out=32, full=(0,), patch=4, temporal=2, window=16
-    ),
-    video_token_id=PAD_ID,
-    compute=Compute(remat="none"),
-)
-HOW = Sampling(max_tokens=LIMIT, temperature=0.8)
 
 
-@pytest.fixture(scope="module")
-def talk(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    chat.build_tokenizer(["the ball bounces off the wall and is gone."] * 3, 300, folder)
-    return chat.Chat(folder)
-
-
-@functools.cache
-def model(stops):
-    """Logits far apart; what ends a reply comes up about every eighth time."""
-    net = qwen25vl.Qwen25VL(CONFIG, rngs=nnx.Rngs(0))
-    stronger = jnp.full((320, 1), 10.0).at[jnp.array(stops)].set(32.0)
-    net.head[...] = net.head[...] * stronger
-    return net
-
-
-def tree(seed: int) -> layout.Tree:
-    """Text of some length, every other one after a clip."""
-    rng = np.random.default_rng(seed)
-    words, grid = rng.integers(20, 300, 40 if seed == 5 else 4 + 2 * seed), (2, 4, 4)
-    if seed % 2:
-        return layout.tree("text", words, np.tile(np.arange(len(words)), (3, 1)), VISION)
-    tokens = np.concatenate([[9], np.full(8, PAD_ID), words])
-    return layout.tree(
-        f"clip {seed}",
-        tokens,
-        qwen25vl.positions(tokens, [grid], [1.0], CONFIG),
-        VISION,
-        clips=[layout.Clip(rng.integers(0, 256, (2, 16, 3 * 2 * 16), np.uint8), grid)],
-        seen=layout.in_order(tokens == PAD_ID),
-    )
-
-
-TREES = [tree(seed) for seed in range(7)]
-KEYS = jax.random.split(jax.random.key(5), len(TREES))
-
-
-def run(talk, rows, sampling=HOW, net=None, mesh=None):
-    """Replies and how many decode steps they took."""
-    net = model(talk.stop_ids) if net is None else net
-    desk = sampler.Desk(net, TREES, talk, sampling, GROUP, KEYS, rows, mesh)
-    return desk.run(), desk.steps
-
-
-def same(a, b, atol=1e-5):
-    for name in ("tokens", "length", "ended"):
-        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
-    np.testing.assert_allclose(a.logp, b.logp, atol=atol)
-
-
-def test_refilled_slots_give_the_same_replies_in_fewer_steps(talk):
-    together, _ = run(talk, 0)
-    refilled, steps = run(talk, 2)
+def test_refilled_slots_give_the_same_replies_in_fewer_steps():
+    together, _ = run(0)
+    refilled, steps = run(2)
     same(together, refilled)
     longest = together.length.max(1)  # a group takes as many steps as its longest branch, less one
     assert len(set(longest)) > 2, "groups of one length would leave no slot free early"
@@ -93,19 +30,19 @@ def test_refilled_slots_give_the_same_replies_in_fewer_steps(talk):
     assert (longest - 1).sum() / 2 <= steps < in_pairs
 
 
-def test_no_prompts_give_no_replies(talk):
+def test_no_prompts_give_no_replies():
     how = {"group": GROUP, "keys": KEYS[:0]}
-    out = sampler.generate_all(model(talk.stop_ids), [], talk, HOW, **how)
+    out = sampler.generate_all(model(), [], talker(), HOW, **how)
     assert out.tokens.shape == (0, GROUP, LIMIT) and out.length.shape == (0, GROUP)
 
 
-def cut_by_hand(talk, out, stops):
+def cut_by_hand(out, stops):
     """Every reply up to the first token with which its text holds a stop string."""
     out = sampler.Rollouts(*(leaf.copy() for leaf in out))
     cuts = 0
     for at in np.ndindex(out.length.shape):
         for n in range(1, out.length[at] + 1):
-            if any(s in talk.decode(out.tokens[at][:n]) for s in stops):
+            if any(s in talker().decode(out.tokens[at][:n]) for s in stops):
                 cuts += n < out.length[at]
                 out.length[at], out.ended[at] = n, True
                 out.tokens[at][n:], out.logp[at][n:] = 0, 0
@@ -114,25 +51,25 @@ def cut_by_hand(talk, out, stops):
 
 
 @pytest.mark.parametrize("rows", [2, 0])
-def test_stop_strings_cut_after_the_token_that_completes_them(talk, rows, monkeypatch):
-    plain, _ = run(talk, 0)
-    text = lambda at, a, b: talk.decode(plain.tokens[at][a:b])
+def test_stop_strings_cut_after_the_token_that_completes_them(rows, monkeypatch):
+    plain, _ = run(0)
+    text = lambda at, a, b: talker().decode(plain.tokens[at][a:b])
     longest = np.unravel_index(plain.length.argmax(), plain.length.shape)
     across = text(longest, 3, 5)[1:-1] or text(longest, 3, 5)
     stops = across, text((0, 0), 1, 2)
     assert all(stops) and across not in (text(longest, 3, 4), text(longest, 4, 5))
-    wanted, cuts = cut_by_hand(talk, plain, stops)
+    wanted, cuts = cut_by_hand(plain, stops)
     assert cuts >= 2
     for stride in (1, 3, 16):
         monkeypatch.setattr(sampler, "STRIDE", stride)
-        got, _ = run(talk, rows, dataclasses.replace(HOW, stop=stops))
+        got, _ = run(rows, dataclasses.replace(HOW, stop=stops))
         same(got, wanted)
 
 
-def test_engine_in_this_process(talk):
-    engine = sampler.Local(model(talk.stop_ids), talk, rows=2)
+def test_engine_in_this_process():
+    engine = sampler.Local(model(), talker(), rows=2)
     prompts = [sampler.Prompt(t) for t in TREES]
-    same(engine(prompts, HOW, group=GROUP, keys=KEYS), run(talk, 2)[0], 0)
+    same(engine(prompts, HOW, group=GROUP, keys=KEYS), run(2)[0], 0)
 
 
 def planned(layers, room, limit, rows=4):
@@ -172,13 +109,13 @@ def placed(net, mesh):
     return nnx.merge(graph, params)
 
 
-def test_eight_devices_refill_as_one(talk):
+def test_eight_devices_refill_as_one():
     """Four slots on four data shards, weights over fsdp and tensor, kv heads over tensor."""
     mesh = sharding.make_mesh(fsdp=4, tensor=2)
-    net = placed(model(talk.stop_ids), mesh)
+    net = placed(model(), mesh)
     how = {"group": GROUP, "keys": KEYS[:5], "rows": 4, "mesh": mesh}
-    wanted = sampler.Rollouts(*(leaf[:5] for leaf in run(talk, 0)[0]))
-    same(sampler.generate_all(net, TREES[:5], talk, HOW, **how), wanted, 1e-4)
+    wanted = sampler.Rollouts(*(leaf[:5] for leaf in run(0)[0]))
+    same(sampler.generate_all(net, TREES[:5], talker(), HOW, **how), wanted, 1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
