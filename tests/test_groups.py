@@ -66,6 +66,16 @@ def test_stop_strings_cut_after_the_token_that_completes_them(rows, monkeypatch)
         same(got, wanted)
 
 
+def test_replies_are_handed_over_as_they_end():
+    told = []
+    how = {"group": GROUP, "keys": KEYS, "rows": 2, "done": lambda i, out: told.append((i, out))}
+    every = sampler.generate_all(model(), TREES, talker(), HOW, **how)
+    order = [i for i, _ in told]
+    assert sorted(order) == list(range(len(TREES))) and order != sorted(order)
+    for i, out in told:
+        same(out, sampler.Rollouts(*(leaf[i : i + 1] for leaf in every)), 0)
+
+
 def test_engine_in_this_process():
     engine = sampler.Local(model(), talker(), rows=2)
     prompts = [sampler.Prompt(t) for t in TREES]

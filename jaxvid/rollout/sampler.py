@@ -16,7 +16,7 @@ the branches of a group that ended early wait for its longest one.
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
@@ -118,13 +118,15 @@ def generate_all(
     keys: Key[Array, "n"],
     rows: int = 0,
     mesh: Mesh | None = None,
+    done: Callable[[int, Rollouts], None] | None = None,
 ) -> Rollouts:
     """Draw from the prompts of `trees`, `rows` at a time (0: all at once). numpy, [n, G, R].
 
-    A row whose branches have all ended takes the next prompt. Lengths are rounded up, so that
-    prompts of about one length compile once.
+    A row whose branches have all ended takes the next prompt; `done` is told of it at once, with
+    the prompt's index and its replies [1, G, R]. Lengths are rounded up, so that prompts of about
+    one length compile once.
     """
-    desk = Desk(model, trees, chat, sampling, group, keys, rows, mesh)
+    desk = Desk(model, trees, chat, sampling, group, keys, rows, mesh, done)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         return desk.run()
 
@@ -145,7 +147,8 @@ def _setup(graph, group, sampling, stop_ids, banned_ids) -> Setup:
 class Desk:
     """Which prompt is in which slot, which ones wait, and what has come out."""
 
-    def __init__(self, model, trees, chat, sampling, group, keys, rows, mesh):
+    def __init__(self, model, trees, chat, sampling, group, keys, rows, mesh, done=None):
+        self.done = done
         self.trees, self.chat, self.sampling, self.keys = trees, chat, sampling, keys
         self.needs = [layout.size(t) for t in trees]
         self.mesh, self.ways = mesh, 1 if mesh is None else data_shards(mesh)
@@ -197,6 +200,9 @@ class Desk:
             past = np.arange(self.sampling.max_tokens) >= out.length[slot][:, None]
             self.found.tokens[self.owner[slot]][past] = 0
             self.found.logp[self.owner[slot]][past] = 0
+            if self.done is not None:
+                at = slice(self.owner[slot], self.owner[slot] + 1)
+                self.done(int(self.owner[slot]), Rollouts(*(leaf[at] for leaf in self.found)))
             self.owner[slot] = -1
         return slots
 
