@@ -113,13 +113,16 @@ def vowels(case: rewards.Case, text: str) -> rewards.Reward:
     return rewards.Reward(share, 0.0, float(share > 0.2))
 
 
-def drawn_apart(draw, model, trees, words, sampling, *, group, keys, rows=0, mesh=None):
+def drawn_apart(draw, model, trees, words, sampling, *, group, keys, rows=0, mesh=None, done):
     """`sampler.generate_all` where every reply is a prompt of its own."""
     many = [t for t in trees for _ in range(group)]
     own = jax.vmap(lambda k: jax.random.split(k, group))(keys).reshape(-1)
     how = {"group": 1, "keys": own, "rows": rows, "mesh": mesh}
     out = draw(model, many, words, sampling, **how)
-    return sampler.Rollouts(*(x.reshape(len(trees), group, *x.shape[2:]) for x in out))
+    out = sampler.Rollouts(*(x.reshape(len(trees), group, *x.shape[2:]) for x in out))
+    for i in range(len(trees)):
+        done(i, sampler.Rollouts(*(x[i : i + 1] for x in out)))
+    return out
 
 
 def grown_apart(grow, replies, advantage, valid):

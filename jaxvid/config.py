@@ -107,11 +107,23 @@ class PreferenceRun(Run):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Server:
+    """A server that samples in place of this process (rollout/remote.py); url "" is none."""
+
+    url: str = ""
+    model: str = ""  # its name there
+    key_file: str = ""  # file that holds its key
+    timeout: float = 600.0  # seconds that one try may take
+    tries: int = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyRun(Run):
     """Reinforcement learning on pairs of a real and a counterfactual video."""
 
     objective: Policy = Policy()
     rollout: Rollout = Rollout()
+    server: Server = Server()
     reward: Reward = rewards.Answer()
     advantages: Advantage = Duality()
     reference: str = ""  # read where objective.kl_coef is above 0; "" is the start

@@ -24,6 +24,7 @@ from jaxvid.config import AnyRun, EvalRun, Run
 from jaxvid.data import chat, frames, pipeline
 from jaxvid.eval import run as evaluation
 from jaxvid.models import hf, lora, peft
+from jaxvid.rollout import remote
 from jaxvid.train import checkpoint, loop, optimizers, policy, state, step
 
 
@@ -157,6 +158,7 @@ def _update(
             reference=refer(score, temperature) if run.objective.kl_coef else None,
             dropout=run.lora.dropout > 0,
             workdir=workdir,
+            engine=remote.Server(chat=builder.chat, **vars(run.server)) if run.server.url else None,
         )
         return policy.make_update(parts, run.seed), parts.stream, lambda _, batch: batch
     batches = iter(pipeline.batches(run.data, builder, run.seed, **share))

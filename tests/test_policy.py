@@ -274,6 +274,10 @@ def test_replies_are_the_records_own(run):
         a, _ = groups.sample(net, questions, jax.random.key(0), parts.draw)
         b, _ = groups.sample(net, questions[::-1], jax.random.key(0), parts.draw)
         c, _ = groups.sample(net, questions, jax.random.key(1), parts.draw)
+    with jax.set_mesh(run.mesh):
+        engine = sampler.Local(net, run.builder.chat, rows=2, mesh=run.mesh)
+        d, _ = groups.sample(net, questions, jax.random.key(0), parts.draw._replace(engine=engine))
+    assert d.texts == a.texts and d.total.tolist() == a.total.tolist()
     np.testing.assert_array_equal(a.tokens, b.tokens[::-1])
     assert a.texts == b.texts[::-1] and not np.array_equal(a.tokens, c.tokens)
     assert not np.array_equal(a.tokens[:, 0], a.tokens[:, 1])

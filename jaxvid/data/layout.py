@@ -229,6 +229,20 @@ def next_position(tree: Tree) -> int:
     return int(tree.positions[:, -1].max()) + 1
 
 
+def extend(tree: Tree, tokens: Ids) -> Tree:
+    """The tree whose prompt goes on with these tokens of text, such as the first steps of a reply:
+    what a branch of them would be, as a prompt to sample from. Its branches go on from there."""
+    n = len(tokens)
+    after = np.broadcast_to((next_position(tree) + np.arange(n))[None], (3, n))
+    grown = lambda x, more: np.concatenate([x, more], axis=-1).astype(np.int32)
+    return tree._replace(
+        prompt=grown(tree.prompt, tokens),
+        positions=grown(tree.positions, after),
+        seen=grown(tree.seen, np.zeros(n)),
+        heard=grown(tree.heard, np.zeros(n)),
+    )
+
+
 class Span(NamedTuple):
     """Where a branch lies, counted from the start of its tree."""
 

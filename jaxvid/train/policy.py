@@ -59,10 +59,11 @@ class Parts(NamedTuple):
     reference: loop.Reference | None = None  # for objectives with a KL term
     dropout: bool = False  # whether steps drop: `old` is then scored apart, without
     workdir: pathlib.Path | None = None  # where tables of rollouts and faults go
+    engine: sampler.Engine | None = None  # what draws in place of the model in this process
 
     @property
     def draw(self) -> groups.Draw:
-        return groups.Draw(self.settings, self.chat, self.reward, self.budget, self.mesh)
+        return groups.Draw(*(getattr(self, name) for name in groups.Draw._fields))
 
 
 class Questions:
