@@ -147,6 +147,7 @@ class ProbeRun:
     data: Data
     ask: Probe = Probe()
     reward: Reward = rewards.Answer()
+    sound: bool = False  # also what probes of shifted, muted and swapped sound amount to
     seed: int = 0
     replica: int = 1
     fsdp: int = -1

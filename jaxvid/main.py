@@ -93,6 +93,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument(
         "--tokenizer", type=pathlib.Path, help="folder whose tokenizer it gets; default: its own"
     )
+    p.add_argument("--like", type=pathlib.Path, help="folder whose weights it takes where they fit")
     p.add_argument("--seed", type=int, default=0)
     p = verb("export", _export, "a checkpoint as a model folder", "runs/sft out --which best")
     p.add_argument("workdir", type=pathlib.Path)
@@ -273,7 +274,8 @@ def _inspect(args: argparse.Namespace, rest: list[str]) -> int:
 def _tiny(args: argparse.Namespace, rest: list[str]) -> int:
     from jaxvid import runs
 
-    runs.tiny(args.family, args.out, tokenizer=args.tokenizer, seed=args.seed)
+    given = {"tokenizer": args.tokenizer, "like": args.like}
+    runs.tiny(args.family, args.out, **given, seed=args.seed)
     return 0
 
 
