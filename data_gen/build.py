@@ -1,6 +1,7 @@
 """jaxvid-forge: one verb per pipeline that makes training data.
 
     jaxvid-forge procedural --out DIR [--train 3000 --validation 100 --test 300 --seed 0]
+    jaxvid-forge sound --out DIR [--train 1500 --validation 60 --test 200 --mix.show intervened]
     jaxvid-forge visual --videos DIR --out DIR [--edits 4]
     jaxvid-forge practice --out DIR [--train 12000]
     jaxvid-forge tokenizer --shards DIR --out MODEL_DIR [--vocab 512]
@@ -21,6 +22,7 @@ import tyro
 from tqdm import tqdm
 
 from data_gen import practice, sources, visual
+from data_gen.procedural import hear
 from data_gen.procedural.make import CHUNK, Mix, chunk
 from data_gen.procedural.scene import Settings
 from jaxvid.data import chat, media, shards
@@ -48,7 +50,26 @@ class Procedural:
                 raise ValueError(f"--{split} {vars(self)[split]}: give at least 0 records")
 
 
-def rendered(args: Procedural, split: str, done: int = 0) -> Iterator[Record]:
+@dataclasses.dataclass(frozen=True)
+class Sound:
+    """Clips whose sound is shifted, muted or swapped, with probes, answers and preferences."""
+
+    out: pathlib.Path  # folder of shards to write
+    train: int = 1500  # records per split; 0 leaves a split out
+    validation: int = 60
+    test: int = 200
+    seed: int = 0
+    workers: int = 2  # processes that render; 0 renders in this one
+    settings: hear.Picture = hear.Picture()
+    mix: hear.Mix = hear.Mix()
+
+    def __post_init__(self):
+        for split in SPLITS:
+            if vars(self)[split] < 0:
+                raise ValueError(f"--{split} {vars(self)[split]}: give at least 0 records")
+
+
+def rendered(args: Procedural | Sound, split: str, done: int = 0) -> Iterator[Record]:
     """Records of a split in order from number `done` on, rendered by a pool of processes."""
     count = vars(args)[split]
     bounds = [(i, min(i + CHUNK, count)) for i in range(done - done % CHUNK, count, CHUNK)]
@@ -62,22 +83,23 @@ def rendered(args: Procedural, split: str, done: int = 0) -> Iterator[Record]:
                 number += 1
 
 
-def _in_order(args: Procedural, split: str, bounds: list) -> Iterator[list[Record]]:
+def _in_order(args: Procedural | Sound, split: str, bounds: list) -> Iterator[list[Record]]:
+    make = chunk if isinstance(args, Procedural) else hear.chunk
     tasks = [(args.seed, split, *b, args.settings, args.mix) for b in bounds]
     if not args.workers:
-        yield from (chunk(*t) for t in tasks)
+        yield from (make(*t) for t in tasks)
         return
     # Fresh interpreters: forking a process that has started threads (JAX, PyAV) can hang.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
-        waiting = [pool.submit(chunk, *t) for t in tasks[: 2 * args.workers]]
+        waiting = [pool.submit(make, *t) for t in tasks[: 2 * args.workers]]
         for i in range(len(tasks)):
             yield waiting.pop(0).result()
             if i + 2 * args.workers < len(tasks):
-                waiting.append(pool.submit(chunk, *tasks[i + 2 * args.workers]))
+                waiting.append(pool.submit(make, *tasks[i + 2 * args.workers]))
 
 
-def procedural(args: Procedural) -> None:
+def procedural(args: Procedural | Sound) -> None:
     """Writes the splits that are missing. Raises SystemExit if the folder is of other settings."""
     made = _plain({k: v for k, v in vars(args).items() if k not in ("out", "workers")})
     path = args.out / "forge.json"
@@ -209,7 +231,13 @@ def tokenizer(args: Tokenizer) -> None:
     print(f"wrote a tokenizer of {chat.Chat(args.out).size} tokens to {args.out}")
 
 
-VERBS = {Procedural: procedural, Visual: footage, Practice: reading, Tokenizer: tokenizer}
+VERBS = {
+    Procedural: procedural,
+    Sound: procedural,
+    Visual: footage,
+    Practice: reading,
+    Tokenizer: tokenizer,
+}
 
 
 def main(argv: list[str] | None = None) -> None:

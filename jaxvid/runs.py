@@ -20,9 +20,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxvid import config, rewards, sharding
-from jaxvid.config import AnyRun, EvalRun, Run
+from jaxvid.config import AnyRun, EvalRun, ProbeRun, Run
 from jaxvid.data import chat, frames, pipeline
+from jaxvid.eval import probe as probes
 from jaxvid.eval import run as evaluation
+from jaxvid.eval import sound
 from jaxvid.models import hf, lora, peft
 from jaxvid.rollout import remote
 from jaxvid.train import checkpoint, loop, optimizers, policy, state, step
@@ -281,6 +283,26 @@ def evaluate(run: EvalRun, workdir: pathlib.Path) -> dict[str, evaluation.Result
     return found
 
 
+def probe(run: ProbeRun, workdir: pathlib.Path) -> probes.Results:
+    """Answer every probe; WORKDIR gets replies and results, and sound.json where it is asked."""
+    mesh = sharding.make_mesh(run.replica, run.fsdp, run.tensor)
+    saved = _save_config(run, workdir)
+    with jax.set_mesh(mesh):
+        loaded = config.load_model(run, mesh)
+        builder = config.make_builder(run.model, loaded.cfg, run.data)
+        model = nnx.merge(loaded.graph, loaded.params)
+        found = probes.evaluate(
+            model, builder, run.ask, run.reward, out=workdir, about=saved, mesh=mesh
+        )
+    if run.sound:
+        measured = sound.measures(found.predictions, seed=run.ask.seed)
+        text = json.dumps({name: m._asdict() for name, m in measured.items()}, indent=1)
+        (workdir / "sound.json").write_text(text + "\n")
+        for name, m in measured.items():
+            print(f"{name}: {m.value:.3f} ({m.low:.3f} to {m.high:.3f})")
+    return found
+
+
 def sampling_of(
     folder: pathlib.Path, cfg: Any, asked: dict[str, Any] | None = None
 ) -> frames.Sampling:
@@ -306,20 +328,48 @@ WORDS = (
 
 
 def tiny(
-    family: str, out: pathlib.Path, *, tokenizer: pathlib.Path | None = None, seed: int = 0
+    family: str,
+    out: pathlib.Path,
+    *,
+    tokenizer: pathlib.Path | None = None,
+    like: pathlib.Path | None = None,
+    seed: int = 0,
 ) -> None:
     """Write a family's tiny twin: its own classes at laptop size with fresh weights, a tokenizer
     and a chat template. Every verb that takes a model takes it.
 
-    Raises ValueError for a family that is not known and for a tokenizer without its tokens.
+    `like` is a model folder, maybe of another family: its tokenizer is taken, with the family's
+    control tokens added, and its weights wherever both have one of the same name and width.
+
+    Raises ValueError for a family that is not known, and for a tokenizer without its tokens.
     """
+    if like is not None and tokenizer is not None:
+        raise ValueError(f"--like {like} and --tokenizer {tokenizer}: give one; --like has its own")
     with tempfile.TemporaryDirectory() as made:
-        if tokenizer is None:
-            tokenizer = pathlib.Path(made)
-            found = hf.named(family)
-            special = tuple(dict.fromkeys((*chat.CONTROL, *found.special.values())))
-            markers = hf.tiny_config(family).prompting.markers
-            chat.build_tokenizer(WORDS, 640, tokenizer, special=special, markers=markers)
+        found = hf.named(family)
+        special = tuple(dict.fromkeys((*chat.CONTROL, *found.special.values())))
+        markers = hf.tiny_config(family).prompting.markers
+        if like is not None:
+            chat.extend_tokenizer(like, made, special=special, markers=markers)
+        elif tokenizer is None:
+            chat.build_tokenizer(WORDS, 640, made, special=special, markers=markers)
+        tokenizer = tokenizer or pathlib.Path(made)
         loaded = hf.initialise(hf.tiny_config(family, tokenizer), seed)
-        hf.save(out, loaded.cfg, loaded.params, like=tokenizer, dtype="float32")
+        params = loaded.params if like is None else _grafted(loaded.params, hf.load(like).params)
+        hf.save(out, loaded.cfg, params, like=tokenizer, dtype="float32")
     print(f"wrote {out}")
+
+
+def _grafted(params: nnx.State, source: nnx.State) -> nnx.State:
+    """`params` with the weights of `source` that are of one path and shape. A table of tokens may
+    be the longer one: its first rows are those of the source."""
+    there = dict(nnx.to_flat_state(source))
+    taken = []
+    for path, v in nnx.to_flat_state(params):
+        x, old = v[...], there[path][...] if path in there else None
+        if old is not None and old.ndim == x.ndim and old.shape[1:] == x.shape[1:]:
+            rows = min(len(old), len(x)) if x.ndim else None
+            if old.shape == x.shape or path[-1] == "table":
+                x = x.at[:rows].set(old[:rows])
+        taken.append((path, v.replace(x)))
+    return nnx.from_flat_state(taken)
