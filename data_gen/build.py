@@ -3,6 +3,7 @@
     jaxvid-forge procedural --out DIR [--train 3000 --validation 100 --test 300 --seed 0]
     jaxvid-forge visual --videos DIR --out DIR [--edits 4]
     jaxvid-forge practice --out DIR [--train 12000]
+    jaxvid-forge utr --shards DIR --out DIR [--scale 100]
     jaxvid-forge tokenizer --shards DIR --out MODEL_DIR [--vocab 512]
 
 Every record is a function of seed, split and index, so workers may render in any order and an
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 import tyro
 from tqdm import tqdm
 
-from data_gen import practice, sources, visual
+from data_gen import practice, sources, utr, visual
 from data_gen.procedural.make import CHUNK, Mix, chunk
 from data_gen.procedural.scene import Settings
 from jaxvid.data import chat, media, shards
@@ -209,7 +210,46 @@ def tokenizer(args: Tokenizer) -> None:
     print(f"wrote a tokenizer of {chat.Chat(args.out).size} tokens to {args.out}")
 
 
-VERBS = {Procedural: procedural, Visual: footage, Practice: reading, Tokenizer: tokenizer}
+@dataclasses.dataclass(frozen=True)
+class Utr:
+    """Video-UTR's dialogues of the trajectories that some shards carry, both ways."""
+
+    shards: pathlib.Path  # records with meta["tracks"], or of the laptop world; every split is read
+    out: pathlib.Path
+    seed: int = 0
+    asking: tyro.conf.OmitArgPrefixes[utr.Asking] = utr.Asking()
+
+
+def trajectories(args: Utr) -> None:
+    """Writes the splits that are missing. A record without tracks goes to untracked.jsonl."""
+    made = _plain({"shards": shards.read_manifest(args.shards), "asking": args.asking})
+    resume = json.dumps(made | {"seed": args.seed}, sort_keys=True)
+    lines, count = [], 0
+    for split in shards.splits(args.shards):
+        if split in shards.splits(args.out):
+            raise SystemExit(f"{args.out} has a split {split!r} already; give another --out")
+        source = shards.Source(str(args.shards), split)
+        stored = lambda source=source: (source[i] for i in range(len(source)))
+        known, faults = utr.pool(stored(), args.asking), []
+        told = utr.records(tqdm(stored(), split, len(source)), known, args.asking, args.seed, faults)
+        try:
+            count += shards.write(args.out, told, split=split, resume=resume).records
+        except shards.ShardError as error:
+            raise SystemExit(f"jaxvid-forge utr: {error}\n{''.join(faults[:5])}") from error
+        lines += faults
+    if lines:
+        (args.out / "untracked.jsonl").write_text("".join(lines))
+        print(f"{len(lines)} records left out; reasons in {args.out / 'untracked.jsonl'}")
+    print(f"wrote {count} records to {args.out}")
+
+
+VERBS = {
+    Procedural: procedural,
+    Visual: footage,
+    Practice: reading,
+    Utr: trajectories,
+    Tokenizer: tokenizer,
+}
 
 
 def main(argv: list[str] | None = None) -> None:
