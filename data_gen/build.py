@@ -221,22 +221,23 @@ class Utr:
 
 
 def trajectories(args: Utr) -> None:
-    """Writes the splits that are missing. A record without tracks goes to untracked.jsonl."""
-    made = _plain({"shards": shards.read_manifest(args.shards), "asking": args.asking})
-    resume = json.dumps(made | {"seed": args.seed}, sort_keys=True)
+    """Writes every split. A record without tracks goes to untracked.jsonl with the reason.
+
+    Raises SystemExit if a split is there, or none of its records has tracks.
+    """
     lines, count = [], 0
     for split in shards.splits(args.shards):
-        if split in shards.splits(args.out):
-            raise SystemExit(f"{args.out} has a split {split!r} already; give another --out")
-        source = shards.Source(str(args.shards), split)
-        stored = lambda source=source: (source[i] for i in range(len(source)))
-        known, faults = utr.pool(stored(), args.asking), []
-        told = utr.records(tqdm(stored(), split, len(source)), known, args.asking, args.seed, faults)
+        source, faults = shards.Source(str(args.shards), split), []
+        known = utr.pool((source[i] for i in range(len(source))), args.asking)
+        bar = tqdm(range(len(source)), f"forge utr {split}", unit="record")
+        made = utr.records((source[i] for i in bar), known, args.asking, args.seed, faults)
         try:
-            count += shards.write(args.out, told, split=split, resume=resume).records
+            count += shards.write(args.out, made, split=split).records
         except shards.ShardError as error:
             raise SystemExit(f"jaxvid-forge utr: {error}\n{''.join(faults[:5])}") from error
         lines += faults
+    if not count:
+        raise SystemExit(f"jaxvid-forge utr: {args.shards} has no finished split; make it first")
     if lines:
         (args.out / "untracked.jsonl").write_text("".join(lines))
         print(f"{len(lines)} records left out; reasons in {args.out / 'untracked.jsonl'}")

@@ -9,9 +9,9 @@ record carries them in `meta["tracks"]`, one list a clip, in the order of its me
       "confidence": 0.8,                        of the tracker; left out: 1
       "boxes": [[0.5, 0.1, 0.2, 0.3, 0.4]]}]    second, x0, y0, x1, y1 as shares of the frame
 
-Texts name moments and boxes. `frame2` is the second of `moments` moments, the middles of equal parts
-of the clip. A box `[x0,y0,x1,y1]` counts in whole numbers from 0 to `scale`, which is the right or
-the lower edge of the frame. A track is `Name<id1>frame1:[x0,y0,x1,y1];frame2:[...]</id1>`.
+Texts name moments and boxes. `frame2` is the second of `moments` moments, the middles of equal
+parts of the clip. A box `[x0,y0,x1,y1]` counts in whole numbers from 0 to `scale`, which is the
+right or the lower edge of the frame. A track is `Name<id1>frame1:[x0,y0,x1,y1];frame2:[...]</id1>`.
 
     dialogues (sft)    temporal from spatial: a box at a moment -> action, track, what happens
                        spatial from temporal: an action in a stretch of time -> track
@@ -19,6 +19,7 @@ the lower edge of the frame. A track is `Name<id1>frame1:[x0,y0,x1,y1];frame2:[.
                        track/: where is it all the time (boxes). Also answered, for SFT (choice).
 """
 
+import collections
 import dataclasses
 import json
 import math
@@ -65,7 +66,7 @@ class Track(NamedTuple):
 class Pool(NamedTuple):
     """What is true elsewhere in the data: wrong options are drawn from it."""
 
-    actions: tuple[str, ...]
+    actions: dict[str, int]  # how many tracks do this
     boxes: tuple[Box, ...]
 
 
@@ -141,7 +142,7 @@ def world(record: Record) -> list[list[dict]]:
     """
     if "scene" not in record.meta:
         raise ValueError(
-            f"record {record.id!r} has no trajectories: neither meta['tracks'] nor the scene of the "
+            f"record {record.id!r} has no trajectories: neither meta['tracks'] nor a scene of the "
             f"laptop world. Write a tracker's boxes into meta['tracks'] (docs/utr.md)."
         )
     scene = _scene(record.meta["scene"])
@@ -203,19 +204,21 @@ def overlap(a: Box, b: Box) -> float:
 
 
 def pool(records: Iterable[Record], asking: Asking) -> Pool:
-    """Actions and boxes of all records that have tracks, as often as they are."""
-    actions, boxes = [], []
+    """Actions and boxes of all records that have tracks."""
+    actions, boxes = collections.Counter(), []
     for record in records:
         try:
             found = [t for clip in tracks(record, asking) for t in clip]
         except ValueError:
             continue  # told where its own record is made
-        actions += [t.action for t in found]
+        actions.update(t.action for t in found)
         boxes += [b for t in found for b in t.boxes.values()]
-    return Pool(tuple(actions), tuple(boxes))
+    return Pool(dict(actions), tuple(boxes))
 
 
-def dialogues(clip: list[Track], side: int, caption: str, rng: np.random.Generator) -> list[Example]:
+def dialogues(
+    clip: list[Track], side: int, caption: str, rng: np.random.Generator
+) -> list[Example]:
     """Both directions for every track of a clip; an action of two tracks is not asked about."""
     examples = []
     for i, track in enumerate(clip):
@@ -259,7 +262,7 @@ def graded(track: Track, clip: list[Track], known: Pool, rng: np.random.Generato
     here, others = track.boxes[moment], [t for t in clip if t is not track]
     found = []
     # What others in the clip do comes first: then it is the box that tells, not the clip.
-    actions = [t.action for t in others] + _drawn(known.actions, rng)
+    actions = [t.action for t in others] + _drawn(sorted(known.actions), rng)
     wrong = list(dict.fromkeys(a for a in actions if a != track.action))[:3]
     if len(wrong) == 3:
         question = f"What is {at_text(moment, here)} doing?"
@@ -279,7 +282,14 @@ def graded(track: Track, clip: list[Track], known: Pool, rng: np.random.Generato
     return found
 
 
-def _drawn(items: tuple, rng: np.random.Generator, most: int = 200) -> list:
+def asked_about(clip: list[Track], known: Pool, rng: np.random.Generator) -> Track:
+    """The track whose action is asked: rare ones more often, so that each action is asked about as
+    often as it is offered, and a guess by what is common gains nothing."""
+    weights = np.array([1 / known.actions[t.action] for t in clip])
+    return clip[int(rng.choice(len(clip), p=weights / weights.sum()))]
+
+
+def _drawn(items: Sequence, rng: np.random.Generator, most: int = 200) -> list:
     """Some of a pool, in a drawn order."""
     return [items[i] for i in rng.integers(len(items), size=most)] if items else []
 
@@ -309,7 +319,7 @@ def record(source: Record, known: Pool, asking: Asking, seed: int) -> Record:
         if clip:
             caption = _caption(source, side) if asking.captions else ""
             examples += dialogues(clip, side, caption, rng)
-            subject = clip[int(rng.integers(len(clip)))]
+            subject = asked_about(clip, known, rng)
             questions.append((side, graded(subject, clip, known, rng)))
     if not examples:
         raise ValueError(
