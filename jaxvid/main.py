@@ -14,6 +14,7 @@ import platform
 import sys
 
 ABLATE = "ablation_dna --workdir runs/ablation --seeds 5"
+TPL = "runs/utr/shards --model runs/sft/model --keep-top 0.8 --out runs/utr/kept"
 PACKAGES = ("jaxvid", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
 
 
@@ -88,23 +89,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--tokens", type=int, default=8192, help="of the rows of one chip")
     p.add_argument("--trained", type=int, help="weights that are trained; default: all")
     p.add_argument("--moments", type=int, default=2, help="of the optimizer; AdamW 2, Adafactor 0")
-    p = verb(
-        "tpl", _tpl, "temporal perplexity of answers", "runs/utr/shards --model runs/sft/model"
-    )
-    p.add_argument("shards", help="folder of shards, or a pattern of folders")
-    p.add_argument("--model", type=pathlib.Path, required=True)
-    p.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/tpl"))
-    p.add_argument("--split", default="train")
-    p.add_argument("--frame", choices=("last", "middle", "random"), default="last")
-    p.add_argument("--tasks", nargs="+", help="whose answers; default: sft choice caption")
-    p.add_argument("--seed", type=int, default=0, help="of random frames, and of the intervals")
-    p.add_argument("--rows", type=int, default=8, help="of a batch")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    _sampling_flags(p)
-    p.add_argument("--keep-above", type=float, help="write records of at least this TPL to --out")
-    p.add_argument("--keep-top", type=float, help="or this share of them, the largest")
-    p.add_argument("--by", choices=("record", "example"), default="record", help="what is kept")
-    p.add_argument("--out", type=pathlib.Path, help="new folder of shards with what is kept")
+    _tpl_flags(verb("tpl", _tpl, "temporal perplexity of answers", TPL))
     verb("env", _env, "versions and devices, for a report", "")
     p = verb("tiny", _tiny, "a small model with fresh weights", "qwen2_5_vl runs/start")
     p.add_argument("family", help="of the model; a wrong name lists those there are")
@@ -121,6 +106,23 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p = verb("report", _report, "one HTML file of a folder of stages", "runs/local")
     p.add_argument("workdir", type=pathlib.Path)
     return parser, made
+
+
+def _tpl_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("shards", help="folder of shards, or a pattern of folders")
+    p.add_argument("--model", type=pathlib.Path, required=True)
+    p.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/tpl"))
+    p.add_argument("--split", default="train")
+    p.add_argument("--frame", choices=("last", "middle", "random"), default="last")
+    p.add_argument("--tasks", nargs="+", help="whose answers; default: sft choice caption")
+    p.add_argument("--seed", type=int, default=0, help="of random frames, and of the intervals")
+    p.add_argument("--rows", type=int, default=8, help="of a batch")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    _sampling_flags(p)
+    p.add_argument("--keep-above", type=float, help="write records of at least this TPL to --out")
+    p.add_argument("--keep-top", type=float, help="or this share of them, the largest")
+    p.add_argument("--by", choices=("record", "example"), default="record", help="what is kept")
+    p.add_argument("--out", type=pathlib.Path, help="new folder of shards with what is kept")
 
 
 def _sampling_flags(p: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Temporal perplexity against transformers' own losses; going on, filtering, and what is refused."""
+"""Temporal perplexity against transformers' losses; going on, filtering, what is refused."""
 
 import dataclasses
 import io
