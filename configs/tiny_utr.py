@@ -1,10 +1,10 @@
 """SFT on bidirectional dialogues about trajectories (Video-UTR, arXiv 2502.12081), from the base.
 
-Temporal from spatial and spatial from temporal, boxes in twentieths of the frame at four moments.
+Temporal from spatial and spatial from temporal, boxes in ninths of the frame at four moments.
 The learning rate and the steps are ours; the paper's are for 7B. The dialogues are made first:
 
     jaxvid-forge procedural --out runs/world --train 1500 --validation 60 --test 300
-    jaxvid-forge utr --shards runs/world --out runs/utr/shards --scale 20
+    jaxvid-forge utr --shards runs/world --out runs/utr/shards --scale 9
 
 Run:     jaxvid train configs/tiny_utr.py --workdir runs/utr/train
 Test:    jaxvid train configs/tiny_utr.py:runlocal --workdir /tmp/utr
@@ -19,7 +19,7 @@ from jaxvid.train.optimizers import Muon
 
 
 def get_config(runlocal: bool = False) -> SFTRun:
-    pairs, steps = (2, 2) if runlocal else (8, 100)
+    pairs, steps = (2, 2) if runlocal else (4, 120)
     return SFTRun(
         model=_tiny.BASE,
         compute=Compute(remat="none", unroll=4),
@@ -27,19 +27,18 @@ def get_config(runlocal: bool = False) -> SFTRun:
         validation=dialogues(pairs, "validation"),
         optimizer=Muon(lr=1e-3, warmup=0 if runlocal else 5, final=0.1),
         steps=steps,
-        eval_every=50,
-        checkpoint_every=25,
+        checkpoint_every=30,
     )
 
 
 def dialogues(pairs: int, split: str = "train") -> pipeline.Data:
-    """Three questions on each clip of `pairs` records an update; one has at most 221 tokens."""
+    """Three questions on each clip of `pairs` records an update; one has at most 201 tokens."""
     return pipeline.Data(
         shards=("runs/utr/shards",),
         split=split,
         tasks=("sft", "choice"),
         budget=layout.Budget(
-            rows=pairs + 2, tokens=1152, scored=672, branches=6, frames=8, patches=36
+            rows=pairs + 2, tokens=1024, scored=576, branches=6, frames=8, patches=36
         ),
         pairs=pairs,
         questions=3,

@@ -228,7 +228,7 @@ def trajectories(args: Utr) -> None:
     lines, count = [], 0
     for split in shards.splits(args.shards):
         source, faults = shards.Source(str(args.shards), split), []
-        known = utr.pool((source[i] for i in range(len(source))), args.asking)
+        known = utr.pool((source[i] for i in range(len(source))), args.asking, args.seed)
         bar = tqdm(range(len(source)), f"forge utr {split}", unit="record")
         made = utr.records((source[i] for i in bar), known, args.asking, args.seed, faults)
         try:

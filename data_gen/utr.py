@@ -23,8 +23,8 @@ import collections
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -64,10 +64,12 @@ class Track(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """What is true elsewhere in the data: wrong options are drawn from it."""
+    """What is true elsewhere in the data. Wrong options are right ones of other questions, so that
+    no option is known by how often it is right."""
 
-    actions: dict[str, int]  # how many tracks do this
-    boxes: tuple[Box, ...]
+    counts: dict[str, int]  # how many tracks do this
+    actions: tuple[str, ...]  # of the tracks asked about
+    boxes: tuple[Box, ...]  # of these, at the moments asked about
 
 
 # Tracks -------------------------------------------------------------------------------------------
@@ -100,7 +102,7 @@ def tracks(record: Record, asking: Asking) -> list[list[Track]]:
     return found
 
 
-def _track(row: dict, seconds: float, asking: Asking, where: str) -> Track | None:
+def _track(row: Any, seconds: float, asking: Asking, where: str) -> Track | None:
     """One row of the JSON form at the moments; None if too unsure or too short."""
     lacks = [k for k in ("name", "action", "boxes") if not (isinstance(row, dict) and row.get(k))]
     if lacks:
@@ -203,17 +205,30 @@ def overlap(a: Box, b: Box) -> float:
     return both / (area(a) + area(b) - both)
 
 
-def pool(records: Iterable[Record], asking: Asking) -> Pool:
-    """Actions and boxes of all records that have tracks."""
-    actions, boxes = collections.Counter(), []
+def pool(records: Iterable[Record], asking: Asking, seed: int) -> Pool:
+    """What is asked about in all records that have tracks."""
+    clips: list[tuple[str, int, list[Track]]] = []
     for record in records:
         try:
-            found = [t for clip in tracks(record, asking) for t in clip]
+            found = tracks(record, asking)
         except ValueError:
             continue  # told where its own record is made
-        actions.update(t.action for t in found)
-        boxes += [b for t in found for b in t.boxes.values()]
-    return Pool(dict(actions), tuple(boxes))
+        clips += [(record.id, side, clip) for side, clip in enumerate(found) if clip]
+    counts = collections.Counter(t.action for *_, clip in clips for t in clip)
+    subjects = [asked_about(clip, counts, seed, name, side) for name, side, clip in clips]
+    actions = tuple(track.action for track, _ in subjects)
+    return Pool(dict(counts), actions, tuple(track.boxes[at] for track, at in subjects))
+
+
+def asked_about(
+    clip: list[Track], counts: Mapping[str, int], seed: int, name: str, side: int
+) -> tuple[Track, int]:
+    """The track that is asked about and at which moment; rare actions are asked about more often
+    than common ones, since those are guessed without looking."""
+    rng = generator(seed, f"utr/{name}/{side}")
+    weights = np.array([1 / counts[t.action] for t in clip])
+    track = clip[int(rng.choice(len(clip), p=weights / weights.sum()))]
+    return track, int(rng.choice(list(track.boxes)))
 
 
 def dialogues(
@@ -256,42 +271,36 @@ class Graded(NamedTuple):
     thought: str
 
 
-def graded(track: Track, clip: list[Track], known: Pool, rng: np.random.Generator) -> list[Graded]:
-    """What can be asked of a track: `temporal`, `spatial` and `track`, those with four options."""
-    moment = int(rng.choice(list(track.boxes)))
-    here, others = track.boxes[moment], [t for t in clip if t is not track]
-    found = []
-    # What others in the clip do comes first: then it is the box that tells, not the clip.
-    actions = [t.action for t in others] + _drawn(sorted(known.actions), rng)
-    wrong = list(dict.fromkeys(a for a in actions if a != track.action))[:3]
+def graded(track: Track, moment: int, known: Pool, rng: np.random.Generator) -> list[Graded]:
+    """What can be asked of a track: `temporal`, `spatial` and `track`, the first two with options.
+
+    Wrong places are where it is at other moments, and then those of other clips.
+    """
+    here, found = track.boxes[moment], []
+    wrong = []
+    for action in _drawn(known.actions, rng):
+        if len(wrong) < 3 and action not in (track.action, *wrong):
+            wrong.append(action)
     if len(wrong) == 3:
         question = f"What is {at_text(moment, here)} doing?"
         found.append(_choice("temporal", question, track.action, wrong, rng))
-    elsewhere = [b for k, b in track.boxes.items() if k != moment]
-    elsewhere += [t.boxes[moment] for t in others if moment in t.boxes]
     wrong = []
-    for box in elsewhere + _drawn(known.boxes, rng):
-        if all(overlap(box, b) < APART for b in (here, *wrong)):
+    for box in (*track.boxes.values(), *_drawn(known.boxes, rng)):
+        if len(wrong) < 3 and all(overlap(box, b) < APART for b in (here, *wrong)):
             wrong.append(box)
-    if len(wrong) >= 3:
+    if len(wrong) == 3:
         question = f"Where is the {track.name} in frame{moment}?"
-        found.append(_choice("spatial", question, box_text(here), map(box_text, wrong[:3]), rng))
+        found.append(_choice("spatial", question, box_text(here), map(box_text, wrong), rng))
     first, last = min(track.boxes), max(track.boxes)
     question = f"Where is the {track.name} from frame{first} to frame{last}?"
     found.append(Graded("track", question, (), track_text(track), track.action))
     return found
 
 
-def asked_about(clip: list[Track], known: Pool, rng: np.random.Generator) -> Track:
-    """The track whose action is asked: rare ones more often, so that each action is asked about as
-    often as it is offered, and a guess by what is common gains nothing."""
-    weights = np.array([1 / known.actions[t.action] for t in clip])
-    return clip[int(rng.choice(len(clip), p=weights / weights.sum()))]
-
-
-def _drawn(items: Sequence, rng: np.random.Generator, most: int = 200) -> list:
+def _drawn(items: Sequence, rng: np.random.Generator, most: int = 200) -> Iterator:
     """Some of a pool, in a drawn order."""
-    return [items[i] for i in rng.integers(len(items), size=most)] if items else []
+    for i in rng.integers(max(len(items), 1), size=most) if items else ():
+        yield items[i]
 
 
 def _choice(
@@ -319,8 +328,8 @@ def record(source: Record, known: Pool, asking: Asking, seed: int) -> Record:
         if clip:
             caption = _caption(source, side) if asking.captions else ""
             examples += dialogues(clip, side, caption, rng)
-            subject = asked_about(clip, known, rng)
-            questions.append((side, graded(subject, clip, known, rng)))
+            track, moment = asked_about(clip, known.counts, seed, source.id, side)
+            questions.append((side, graded(track, moment, known, rng)))
     if not examples:
         raise ValueError(
             f"record {source.id!r}: no track is seen at two of {asking.moments} moments with a "
