@@ -27,14 +27,13 @@ from jaxvid.objectives.policy import Policy
 from jaxvid.objectives.preference import DPO, PDPO
 from jaxvid.objectives.sft import SFT
 from jaxvid.rollout.sampler import Sampling
-from jaxvid.train import loop
-from jaxvid.train import policy as policy_loop
+from jaxvid.train import groups, loop
 from jaxvid.train import state as states
 from jaxvid.train.optimizers import Adafactor, AdamW, Muon, Rates
 
 SHIPPED = "@checkpoints/"
 
-Ask, Rollout = evaluation.Settings, policy_loop.Settings
+Ask, Rollout = evaluation.Settings, groups.Settings
 Probe = probe.Settings
 Replies = Sampling  # how a rollout draws; Data.sampling says which frames are seen
 Optimizer = AdamW | Muon | Adafactor
@@ -45,6 +44,9 @@ Reward = (
     | rewards.Seconds
     | rewards.Interval
     | rewards.Tracks
+    | rewards.Open
+    | rewards.ByAnswer
+    | rewards.Function
 )
 Advantage = Duality | GRPO | DAPO | DrGRPO
 
@@ -120,7 +122,7 @@ class PolicyRun(Run):
     best_mode: Literal["min", "max"] = "max"
 
     def updates_per_step(self) -> int:
-        return self.rollout.updates
+        return self.rollout.updates * self.rollout.minibatches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ import tyro
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxvid import config, perplexity, sharding
+from jaxvid import config, perplexity, rewards, sharding
 from jaxvid.config import AnyRun, EvalRun, ProbeRun, Run
 from jaxvid.data import chat, frames, pipeline, shards
 from jaxvid.eval import probe as probes
@@ -97,13 +97,15 @@ def train(run: Run, workdir: pathlib.Path) -> loop.Result:
     """
     mesh = sharding.make_mesh(run.replica, run.fsdp, run.tensor)
     sharding.row_sharding(mesh, run.data.budget.rows)  # says at once if the rows do not divide
+    if isinstance(run, config.PolicyRun) and isinstance(run.reward, rewards.Function):
+        rewards.loaded(run.reward.path)  # says at once if it is not there
     saved = _save_config(run, workdir)
     with jax.set_mesh(mesh):
         loaded = config.load_model(run, mesh)
         trained, frozen = config.divide(run, loaded.params)
         steps = run.steps * run.updates_per_step()
         tx = optimizers.scaled(run.optimizer.build(steps, trained), run.rates, trained)
-        update, stream, prepare = _update(run, loaded, trained, tx, mesh)
+        update, stream, prepare = _update(run, loaded, trained, tx, mesh, workdir)
         result = loop.train(
             state.create(trained, tx, mesh, frozen=frozen),
             update,
@@ -126,6 +128,7 @@ def _update(
     trained: nnx.State,
     tx: optax.GradientTransformation,
     mesh: Mesh,
+    workdir: pathlib.Path,
 ):
     """The update of a kind of run, the stream it reads, and what validation does to a batch."""
     builder = config.make_builder(run.model, loaded.cfg, run.data)
@@ -156,6 +159,7 @@ def _update(
             mesh=mesh,
             reference=refer(score, temperature) if run.objective.kl_coef else None,
             dropout=run.lora.dropout > 0,
+            workdir=workdir,
         )
         return policy.make_update(parts, run.seed), parts.stream, lambda _, batch: batch
     batches = iter(pipeline.batches(run.data, builder, run.seed, **share))

@@ -393,7 +393,7 @@ def prompts(
     A record met again asks one of its questions drawn anew.
     """
     drawn = _mixture(data, seed, None).slice(slice(process, None, processes))
-    return _iterate(drawn.map(_Ask(builder)), data.workers)
+    return _iterate(drawn.map(_Ask(builder)), data.workers, ahead=data.pairs)
 
 
 def questions(data: Data, builder: Builder) -> Iterator[Prompts]:
@@ -412,9 +412,10 @@ def probes(data: Data, builder: Builder) -> Iterator[Prompts]:
             yield from builder.alone(source[i])
 
 
-def _iterate(dataset: grain.MapDataset, workers: int) -> grain.IterDataset:
-    # Elements are whole batches: a deep buffer would be many copies of a large array.
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+def _iterate(dataset: grain.MapDataset, workers: int, *, ahead: int = 2) -> grain.IterDataset:
+    """Elements are made `ahead` of their use. Where they are whole batches, a deep buffer would be
+    many copies of a large array."""
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=max(ahead, 2))
     out = dataset.to_iter_dataset(options)
     if not workers:
         return out
