@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from data_gen.utr import Asking, Track
 from jaxvid import answers, rewards
 from jaxvid.data import shards
 from jaxvid.data.records import Example, Media, Record, Response
+from jaxvid.main import main as jaxvid
 
+RECIPES = pathlib.Path(__file__).parent.parent / "configs"
 ASKING = Asking(scale=9)
 
 
@@ -265,3 +268,27 @@ def test_forge_writes_what_has_tracks_and_lists_the_rest(world, tmp_path, capsys
         main(["utr", "--shards", str(tmp_path / "none"), "--out", str(tmp_path / "no")])
     with pytest.raises(SystemExit, match="no finished split"):
         main(["utr", "--shards", str(tmp_path / "nowhere"), "--out", str(tmp_path / "no")])
+
+
+# --- the recipes
+
+
+def test_recipes_train_and_probe(world, quick, tmp_path, capsys):
+    """Two steps from the shipped base, and some probes of what came out."""
+    for split in ("train", "validation", "test"):
+        some = [dataclasses.replace(r, split=split) for r in world[1][:4]]
+        shards.write(tmp_path / "shards", some, split=split)
+    name = str(tmp_path / "shards")
+    rows = [f"--{part}.budget.rows=8" for part in ("data", "validation")]  # one for each device
+    flags = [*rows, "--data.shards", name, "--validation.shards", name]
+    work = str(tmp_path / "run")
+    assert jaxvid(["train", str(RECIPES / "tiny_utr.py:runlocal"), *flags, "--workdir", work]) == 0
+    flags = ["--data.shards", name, "--ask.rows=16", "--model", f"{work}/model"]
+    probe = [str(RECIPES / "tiny_utr_eval.py:runlocal"), *flags]
+    assert jaxvid(["eval", *probe, "--workdir", str(tmp_path / "probe")]) == 0
+    said = capsys.readouterr().out
+    assert all(f"{kind}: " in said for kind in ("spatial", "temporal", "track", "overall"))
+    found = json.loads((tmp_path / "probe/results.json").read_text())
+    assert {k: v["n"] for k, v in found["kinds"].items()} == dict.fromkeys(
+        ("spatial", "temporal", "track"), 4
+    )
