@@ -19,28 +19,34 @@ from jaxvid.train.optimizers import Muon
 
 
 def get_config(runlocal: bool = False) -> SFTRun:
-    pairs, steps = (2, 2) if runlocal else (4, 120)
+    pairs, questions, steps = (2, 1, 2) if runlocal else (4, 3, 120)
     return SFTRun(
         model=_tiny.BASE,
         compute=Compute(remat="none", unroll=4),
-        data=dialogues(pairs),
-        validation=dialogues(pairs, "validation"),
+        data=dialogues(pairs, "train", questions),
+        validation=dialogues(pairs, "validation", questions),
         optimizer=Muon(lr=1e-3, warmup=0 if runlocal else 5, final=0.1),
         steps=steps,
         checkpoint_every=30,
     )
 
 
-def dialogues(pairs: int, split: str = "train") -> pipeline.Data:
-    """Three questions on each clip of `pairs` records an update; one has at most 201 tokens."""
+def dialogues(pairs: int, split: str = "train", questions: int = 3) -> pipeline.Data:
+    """So many questions on each clip of `pairs` records an update; one has at most 201 tokens, and
+    133 on average, of which 73 are the answer's."""
     return pipeline.Data(
         shards=("runs/utr/shards",),
         split=split,
         tasks=("sft", "choice"),
         budget=layout.Budget(
-            rows=pairs + 2, tokens=1024, scored=576, branches=6, frames=8, patches=36
+            rows=pairs + 2,
+            tokens=64 + 320 * questions,
+            scored=192 * questions,
+            branches=2 * questions,
+            frames=8,
+            patches=36,
         ),
         pairs=pairs,
-        questions=3,
+        questions=questions,
         sampling=_tiny.SAMPLING,
     )
