@@ -313,7 +313,7 @@ def _report(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _tpl(args: argparse.Namespace, rest: list[str]) -> int:
-    from jaxvid import perplexity, runs, sift
+    from jaxvid import config, perplexity, runs, sift
     from jaxvid.data import shards
     from jaxvid.models import hf
 
@@ -323,6 +323,7 @@ def _tpl(args: argparse.Namespace, rest: list[str]) -> int:
         how = sift.Filter(above=args.keep_above, top=args.keep_top, by=args.by)
     if (how is None) != (args.out is None):
         raise ValueError("filtering wants --out DIR and one of --keep-above X, --keep-top SHARE")
+    args.model = pathlib.Path(config.resolve(str(args.model)))
     source = shards.Source(args.shards, args.split)
     tasks = {"tasks": tuple(args.tasks)} if args.tasks else {}
     settings = perplexity.Settings(frame=args.frame, seed=args.seed, rows=args.rows, **tasks)
