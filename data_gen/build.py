@@ -4,6 +4,7 @@
     jaxvid-forge sound --out DIR [--train 1500 --validation 60 --test 200 --mix.show intervened]
     jaxvid-forge visual --videos DIR --out DIR [--edits 4]
     jaxvid-forge practice --out DIR [--train 12000]
+    jaxvid-forge utr --shards DIR --out DIR [--scale 100]
     jaxvid-forge tokenizer --shards DIR --out MODEL_DIR [--vocab 512]
 
 Every record is a function of seed, split and index, so workers may render in any order and an
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 import tyro
 from tqdm import tqdm
 
-from data_gen import practice, sources, visual
+from data_gen import practice, sources, utr, visual
 from data_gen.procedural import hear
 from data_gen.procedural.make import CHUNK, Mix, chunk
 from data_gen.procedural.scene import Settings
@@ -231,11 +232,46 @@ def tokenizer(args: Tokenizer) -> None:
     print(f"wrote a tokenizer of {chat.Chat(args.out).size} tokens to {args.out}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Utr:
+    """Video-UTR's dialogues of the trajectories that some shards carry, both ways."""
+
+    shards: pathlib.Path  # records with meta["tracks"], or of the laptop world; every split is read
+    out: pathlib.Path
+    seed: int = 0
+    asking: tyro.conf.OmitArgPrefixes[utr.Asking] = utr.Asking()
+
+
+def trajectories(args: Utr) -> None:
+    """Writes every split. A record without tracks goes to untracked.jsonl with the reason.
+
+    Raises SystemExit if a split is there, or none of its records has tracks.
+    """
+    lines, count = [], 0
+    for split in shards.splits(args.shards):
+        source, faults = shards.Source(str(args.shards), split), []
+        known = utr.pool((source[i] for i in range(len(source))), args.asking, args.seed)
+        bar = tqdm(range(len(source)), f"forge utr {split}", unit="record")
+        made = utr.records((source[i] for i in bar), known, args.asking, args.seed, faults)
+        try:
+            count += shards.write(args.out, made, split=split).records
+        except shards.ShardError as error:
+            raise SystemExit(f"jaxvid-forge utr: {error}\n{''.join(faults[:5])}") from error
+        lines += faults
+    if not count:
+        raise SystemExit(f"jaxvid-forge utr: {args.shards} has no finished split; make it first")
+    if lines:
+        (args.out / "untracked.jsonl").write_text("".join(lines))
+        print(f"{len(lines)} records left out; reasons in {args.out / 'untracked.jsonl'}")
+    print(f"wrote {count} records to {args.out}")
+
+
 VERBS = {
     Procedural: procedural,
     Sound: procedural,
     Visual: footage,
     Practice: reading,
+    Utr: trajectories,
     Tokenizer: tokenizer,
 }
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import hashlib
 import importlib
 import importlib.util
 import itertools
@@ -11,7 +12,7 @@ import pathlib
 import pkgutil
 import tempfile
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
@@ -19,13 +20,14 @@ import tyro
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxvid import config, rewards, sharding
+from jaxvid import config, perplexity, rewards, sharding
 from jaxvid.config import AnyRun, EvalRun, ProbeRun, Run
-from jaxvid.data import chat, frames, pipeline
+from jaxvid.data import chat, frames, pipeline, shards
 from jaxvid.eval import probe as probes
 from jaxvid.eval import run as evaluation
 from jaxvid.eval import sound
 from jaxvid.models import hf, lora, peft
+from jaxvid.models.layers import Compute
 from jaxvid.rollout import remote
 from jaxvid.train import checkpoint, loop, optimizers, policy, state, step
 
@@ -301,6 +303,34 @@ def probe(run: ProbeRun, workdir: pathlib.Path) -> probes.Results:
         for name, m in measured.items():
             print(f"{name}: {m.value:.3f} ({m.low:.3f} to {m.high:.3f})")
     return found
+
+
+def tpl(
+    model: pathlib.Path,
+    source: shards.Source,
+    sampling: frames.Sampling,
+    settings: perplexity.Settings,
+    workdir: pathlib.Path,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> tuple[list[perplexity.Row], list[perplexity.Skipped]]:
+    """Temporal perplexity of every answer of a source, computed in `dtype`; on all devices."""
+    about = {"model": str(model), "weights": fingerprint(model), "dtype": dtype}
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        cfg = dataclasses.replace(hf.read_config(model), compute=Compute(dtype=dtype))
+        params = hf.load(model, mesh=mesh).params
+        builder = config.make_builder(model, cfg, None)
+        start = hf.abstract(cfg)[0], params, builder, source
+        return perplexity.measure(*start, sampling, settings, workdir, mesh=mesh, about=about)
+
+
+def fingerprint(folder: pathlib.Path) -> str:
+    """Of a model folder's weights, settings, tokenizer and template, whatever its name is."""
+    found, names = hashlib.sha256(), (".safetensors", ".json", ".jinja")
+    for path in sorted(p for p in pathlib.Path(folder).iterdir() if p.suffix in names):
+        with open(path, "rb") as file:
+            found.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+    return found.hexdigest()[:16]
 
 
 def sampling_of(
