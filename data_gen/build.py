@@ -5,6 +5,7 @@
     jaxvid-forge visual --videos DIR --out DIR [--edits 4]
     jaxvid-forge practice --out DIR [--train 12000]
     jaxvid-forge utr --shards DIR --out DIR [--scale 100]
+    jaxvid-forge steps --shards DIR --out DIR
     jaxvid-forge tokenizer --shards DIR --out MODEL_DIR [--vocab 512]
 
 Every record is a function of seed, split and index, so workers may render in any order and an
@@ -22,7 +23,7 @@ from collections.abc import Iterator
 import tyro
 from tqdm import tqdm
 
-from data_gen import practice, sources, utr, visual
+from data_gen import practice, sources, steps, utr, visual
 from data_gen.procedural import hear
 from data_gen.procedural.make import CHUNK, Mix, chunk
 from data_gen.procedural.scene import Settings
@@ -211,6 +212,29 @@ def reading(args: Practice) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Steps:
+    """The laptop world's questions of choice with replies in steps, on the same clips."""
+
+    shards: pathlib.Path  # of `procedural`
+    out: pathlib.Path
+
+
+def stepwise(args: Steps) -> None:
+    """Writes the splits that are missing. Raises SystemExit for shards of another kind."""
+    for split in shards.splits(args.shards):
+        if split in shards.splits(args.out):
+            print(f"{split} is there")
+            continue
+        source = shards.Source(str(args.shards), split)
+        made = steps.records(source[i] for i in range(len(source)))
+        try:
+            written = shards.write(args.out, made, split=split)
+        except ValueError as error:
+            raise SystemExit(f"jaxvid-forge steps: {error}") from error
+        print(f"wrote {written.records} {split} records to {args.out}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Tokenizer:
     """Train a ChatML tokenizer on the texts of some shards, for a model trained from nothing."""
 
@@ -272,6 +296,7 @@ VERBS = {
     Visual: footage,
     Practice: reading,
     Utr: trajectories,
+    Steps: stepwise,
     Tokenizer: tokenizer,
 }
 

@@ -26,6 +26,7 @@ from jaxvid.objectives.advantages import DAPO, GRPO, DrGRPO, Duality
 from jaxvid.objectives.policy import Policy
 from jaxvid.objectives.preference import DPO, PDPO
 from jaxvid.objectives.sft import SFT
+from jaxvid.rollout import steps as step_pairs
 from jaxvid.rollout.sampler import Sampling
 from jaxvid.train import groups, loop
 from jaxvid.train import state as states
@@ -34,7 +35,7 @@ from jaxvid.train.optimizers import Adafactor, AdamW, Muon, Rates
 SHIPPED = "@checkpoints/"
 
 Ask, Rollout = evaluation.Settings, groups.Settings
-Probe = probe.Settings
+Probe, Steps = probe.Settings, step_pairs.Settings
 Replies = Sampling  # how a rollout draws; Data.sampling says which frames are seen
 Optimizer = AdamW | Muon | Adafactor
 Reward = (
@@ -168,7 +169,22 @@ class ProbeRun:
     tensor: int = 1
 
 
-AnyRun = SFTRun | PreferenceRun | PolicyRun | EvalRun | ProbeRun
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepsRun:
+    """Pairs of steps, for PDPO, out of a model's own replies to the policy questions of a split."""
+
+    model: str
+    compute: Compute = Compute()
+    data: Data
+    steps: Steps = Steps()
+    reward: Reward = rewards.Answer()  # whose `correct` says that a reply is right
+    seed: int = 0
+    replica: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+AnyRun = SFTRun | PreferenceRun | PolicyRun | EvalRun | ProbeRun | StepsRun
 
 
 def load_model(run: AnyRun, mesh: Mesh) -> hf.Loaded:

@@ -64,6 +64,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p = verb("eval", _eval, "answer every pair", "tiny_eval --workdir runs/eval", overrides=True)
     p.add_argument("config", nargs="?", help="path or name of a recipe")
     p.add_argument("--workdir", type=pathlib.Path)
+    p = verb(
+        "steps", _steps, "step pairs for pDPO", "tiny_steps --workdir runs/pdpo", overrides=True
+    )
+    p.add_argument("config", nargs="?", help="path or name of a recipe")
+    p.add_argument("--workdir", type=pathlib.Path)
     p = verb("ablate", _ablate, "arms of a recipe over seeds", ABLATE, overrides=True)
     p.add_argument("config", nargs="?", help="path or name of a recipe with ARMS")
     p.add_argument("--workdir", type=pathlib.Path)
@@ -169,7 +174,7 @@ def _train(args: argparse.Namespace, rest: list[str]) -> int:
 
     run = _from_command(args, rest)
     if not isinstance(run, config.Run):
-        raise ValueError(f"{args.config} is a {type(run).__name__}; run it with `jaxvid eval`")
+        raise ValueError(f"{args.config} is a {type(run).__name__}; it does not train")
     result = runs.train(run, args.workdir)
     if result.interrupted:
         print(f"stopped and saved at step {result.step}; the same command goes on from there")
@@ -181,7 +186,7 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> int:
     from jaxvid import config, runs
 
     run = _from_command(args, rest)
-    if isinstance(run, config.Run):
+    if not isinstance(run, config.EvalRun | config.ProbeRun):
         raise ValueError(
             f"{args.config} is a {type(run).__name__}; `jaxvid eval` wants an EvalRun or a ProbeRun"
         )
@@ -193,6 +198,11 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> int:
             f"{control}: both {o.both.value:.3f}  real {o.real.value:.3f}  counterfactual "
             f"{o.counterfactual.value:.3f}  unparsed {o.unparsed:.3f}"
         )
+        for name, m in results.votes.items():
+            print(
+                f"{control}, {name} of {run.ask.samples}: both {m.both.value:.3f}  real "
+                f"{m.real.value:.3f}  counterfactual {m.counterfactual.value:.3f}"
+            )
     print(f"wrote replies and results to {args.workdir}")
     return 0
 
@@ -208,6 +218,19 @@ def _probe(run, workdir: pathlib.Path) -> int:
             f"{s.grade.value:.3f}, unparsed {s.unparsed:.3f}"
         )
     print(f"wrote replies and results to {workdir}")
+    return 0
+
+
+def _steps(args: argparse.Namespace, rest: list[str]) -> int:
+    from jaxvid import config, stepping
+
+    run = _from_command(args, rest)
+    if not isinstance(run, config.StepsRun):
+        raise ValueError(
+            f"{args.config} is a {type(run).__name__}; `jaxvid steps` wants a StepsRun"
+        )
+    print(stepping.told(stepping.run(run, args.workdir)))
+    print(f"the pairs are in {args.workdir / 'shards'}")
     return 0
 
 

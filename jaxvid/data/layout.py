@@ -435,16 +435,21 @@ def _media_index(tree: Tree, at: Size, frames: tuple[int, int]) -> Int[np.ndarra
 
 def prompts(trees: Sequence[Tree], budget: Budget) -> tuple[TokenBatch, VisionBatch, AudioBatch]:
     """One prompt a row, in the order given, branches left out: what the sampler reads."""
+    batch = rows([t._replace(branches=()) for t in trees], budget)
+    return batch.tokens, batch.vision, batch.audio
+
+
+def rows(trees: Sequence[Tree], budget: Budget) -> Batch:
+    """One tree a row, in the order given; rows that are left over are padding."""
     if len(trees) > budget.rows:
         raise ValueError(
             f"{len(trees)} prompts for {budget.rows} rows; give at most {budget.rows} at a time"
         )
     batch = empty(budget, trees[0] if trees else None)
     for row, t in enumerate(trees):
-        bare = t._replace(branches=())
-        check_fits(bare, budget)
-        _write(batch, row, Size(), bare)
-    return batch.tokens, batch.vision, batch.audio
+        check_fits(t, budget)
+        _write(batch, row, Size(), t, [b.mate for b in t.branches])
+    return batch
 
 
 def stack(batches: Sequence[Batch], multiple: int = 0) -> Batch:
