@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxvid import paths, rewards
 from jaxvid.data import chat, pipeline
 from jaxvid.data.pipeline import Data
+from jaxvid.eval import probe
 from jaxvid.eval import run as evaluation
 from jaxvid.models import hf, lora
 from jaxvid.models.layers import Compute
@@ -33,6 +34,7 @@ from jaxvid.train.optimizers import Adafactor, AdamW, Muon, Rates
 SHIPPED = "@checkpoints/"
 
 Ask, Rollout = evaluation.Settings, groups.Settings
+Probe = probe.Settings
 Replies = Sampling  # how a rollout draws; Data.sampling says which frames are seen
 Optimizer = AdamW | Muon | Adafactor
 Reward = (
@@ -138,7 +140,22 @@ class EvalRun:
     tensor: int = 1
 
 
-AnyRun = SFTRun | PreferenceRun | PolicyRun | EvalRun
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProbeRun:
+    """Greedy answers to every policy question of a split, each alone on its own clip."""
+
+    model: str
+    compute: Compute = Compute()
+    data: Data
+    ask: Probe = Probe()
+    reward: Reward = rewards.Answer()
+    seed: int = 0
+    replica: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+AnyRun = SFTRun | PreferenceRun | PolicyRun | EvalRun | ProbeRun
 
 
 def load_model(run: AnyRun, mesh: Mesh) -> hf.Loaded:

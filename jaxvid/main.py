@@ -148,7 +148,7 @@ def _train(args: argparse.Namespace, rest: list[str]) -> int:
 
     run = _from_command(args, rest)
     if not isinstance(run, config.Run):
-        raise ValueError(f"{args.config} is an EvalRun; run it with `jaxvid eval`")
+        raise ValueError(f"{args.config} is a {type(run).__name__}; run it with `jaxvid eval`")
     result = runs.train(run, args.workdir)
     if result.interrupted:
         print(f"stopped and saved at step {result.step}; the same command goes on from there")
@@ -160,8 +160,12 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> int:
     from jaxvid import config, runs
 
     run = _from_command(args, rest)
-    if not isinstance(run, config.EvalRun):
-        raise ValueError(f"{args.config} is a {type(run).__name__}; `jaxvid eval` wants an EvalRun")
+    if isinstance(run, config.Run):
+        raise ValueError(
+            f"{args.config} is a {type(run).__name__}; `jaxvid eval` wants an EvalRun or a ProbeRun"
+        )
+    if isinstance(run, config.ProbeRun):
+        return _probe(run, args.workdir)
     for control, results in runs.evaluate(run, args.workdir).items():
         o = results.overall
         print(
@@ -169,6 +173,20 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> int:
             f"{o.counterfactual.value:.3f}  unparsed {o.unparsed:.3f}"
         )
     print(f"wrote replies and results to {args.workdir}")
+    return 0
+
+
+def _probe(run, workdir: pathlib.Path) -> int:
+    from jaxvid import runs
+
+    results = runs.probe(run, workdir)
+    for kind, s in (results.kinds | {"overall": results.overall}).items():
+        a = s.accuracy
+        print(
+            f"{kind}: {a.value:.3f} ({a.low:.3f} to {a.high:.3f}) of {s.n} right, grade "
+            f"{s.grade.value:.3f}, unparsed {s.unparsed:.3f}"
+        )
+    print(f"wrote replies and results to {workdir}")
     return 0
 
 

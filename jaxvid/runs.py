@@ -20,8 +20,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxvid import config, rewards, sharding
-from jaxvid.config import AnyRun, EvalRun, Run
+from jaxvid.config import AnyRun, EvalRun, ProbeRun, Run
 from jaxvid.data import chat, frames, pipeline
+from jaxvid.eval import probe as probes
 from jaxvid.eval import run as evaluation
 from jaxvid.models import hf, lora, peft
 from jaxvid.train import checkpoint, loop, optimizers, policy, state, step
@@ -277,6 +278,19 @@ def evaluate(run: EvalRun, workdir: pathlib.Path) -> dict[str, evaluation.Result
                 model, builder, ask, out=out, about=saved, mesh=mesh
             )
     return found
+
+
+def probe(run: ProbeRun, workdir: pathlib.Path) -> probes.Results:
+    """Answer every probe; WORKDIR gets replies and results."""
+    mesh = sharding.make_mesh(run.replica, run.fsdp, run.tensor)
+    saved = _save_config(run, workdir)
+    with jax.set_mesh(mesh):
+        loaded = config.load_model(run, mesh)
+        builder = config.make_builder(run.model, loaded.cfg, run.data)
+        model = nnx.merge(loaded.graph, loaded.params)
+        return probes.evaluate(
+            model, builder, run.ask, run.reward, out=workdir, about=saved, mesh=mesh
+        )
 
 
 def sampling_of(

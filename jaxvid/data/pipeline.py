@@ -164,6 +164,13 @@ class Builder:
             out.append(Prompts(record, trees, list(asked)))
         return out
 
+    def alone(self, record: records.Record) -> list[Prompts]:
+        """The policy questions of a record, each by itself on its own clip."""
+        asked = [e for e in record.examples if e.task == "policy"]
+        clips = {i: self._clip(record, i, False) for i in sorted({e.media for e in asked})}
+        tree = lambda e: self.tree(record.id, clips[e.media], e.prompt, ())
+        return [Prompts(record, [tree(e)], [e]) for e in asked]
+
     def _drawn(self, examples: list[records.Example], keys: np.ndarray) -> list[records.Example]:
         most = self.data.questions
         if not most or len(examples) <= most:
@@ -395,6 +402,14 @@ def questions(data: Data, builder: Builder) -> Iterator[Prompts]:
         source = shards.Source(folder, data.split)
         for i in range(len(source)):
             yield from builder.prompts(source[i])
+
+
+def probes(data: Data, builder: Builder) -> Iterator[Prompts]:
+    """Every policy question of the split, each alone; a record without one is passed over."""
+    for folder in data.shards:
+        source = shards.Source(folder, data.split)
+        for i in range(len(source)):
+            yield from builder.alone(source[i])
 
 
 def _iterate(dataset: grain.MapDataset, workers: int, *, ahead: int = 2) -> grain.IterDataset:

@@ -53,6 +53,24 @@ def bootstrap(
     return [Interval(float(mean[c]), float(low[c]), float(high[c])) for c in range(columns)]
 
 
+def clustered(
+    values: Float[np.ndarray, "n k"], groups: list[str], *, seed: int = 0
+) -> list[Interval]:
+    """The mean of each column over all rows, with its interval over whole groups drawn with
+    replacement: what shares a clip stays together."""
+    if not len(values) or len(values) != len(groups):
+        raise ValueError(
+            f"{len(values)} rows in {len(groups)} groups; give at least one row, each in a group"
+        )
+    names, at = np.unique(groups, return_inverse=True)
+    sums = np.zeros((len(names), values.shape[1] + 1))
+    np.add.at(sums, at, np.concatenate([values, np.ones((len(values), 1))], axis=1))
+    rng, tail, count = np.random.default_rng(seed), 100 * (1 - LEVEL) / 2, len(names)
+    drawn = np.stack([sums[rng.integers(count, size=count)].sum(axis=0) for _ in range(RESAMPLES)])
+    low, high = np.percentile(drawn[:, :-1] / drawn[:, -1:], [tail, 100 - tail], axis=0)
+    return [Interval(*map(float, column)) for column in zip(values.mean(axis=0), low, high)]
+
+
 def _columns(correct: Bool[np.ndarray, "pairs 2"]) -> Float[np.ndarray, "pairs 3"]:
     """real, counterfactual, both."""
     return np.stack([correct[:, 0], correct[:, 1], correct.all(axis=1)], axis=1).astype(np.float64)

@@ -16,7 +16,7 @@ import json
 import os
 import pathlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -263,16 +263,30 @@ def write(
     about: dict[str, Any],
 ) -> None:
     """predictions.jsonl and results.json; a kill in between leaves the old or the new, whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(p._asdict(), ensure_ascii=False) for p in results.predictions]
-    _replace(folder / "predictions.jsonl", "\n".join(lines) + "\n")
-    content = {
-        "overall": _plain(results.overall),
-        "categories": {name: _plain(m) for name, m in results.categories.items()},
+    scores = {
+        "overall": plain(results.overall),
+        "categories": {name: plain(m) for name, m in results.categories.items()},
         "formatted": results.formatted,
         "ended": results.ended,
         "mean_tokens": results.mean_tokens,
         "interval": f"{metrics.LEVEL:.0%}, bootstrap over pairs, {metrics.RESAMPLES} draws",
+    }
+    write_files(folder, results.predictions, scores, builder, settings, about)
+
+
+def write_files(
+    folder: pathlib.Path,
+    predictions: Sequence[Any],  # NamedTuples
+    scores: dict[str, Any],
+    builder: pipeline.Builder,
+    settings: Any,
+    about: dict[str, Any],
+) -> None:
+    """What every kind of evaluation writes: a line per reply, its scores, and how it was made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(p._asdict(), ensure_ascii=False) for p in predictions]
+    _replace(folder / "predictions.jsonl", "\n".join(lines) + "\n")
+    content = scores | {
         "reader": READER,
         "decoding": "greedy",
         "settings": dataclasses.asdict(settings),
@@ -306,7 +320,8 @@ def compare(
     return metrics.difference(outcomes(after)[0], outcomes(before)[0], seed=seed)
 
 
-def _plain(m: metrics.PairMetrics) -> dict[str, Any]:
+def plain(m: Any) -> dict[str, Any]:
+    """A NamedTuple of scores as JSON, its intervals too."""
     fields = m._asdict().items()
     return {k: v._asdict() if isinstance(v, metrics.Interval) else v for k, v in fields}
 
