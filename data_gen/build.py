@@ -3,6 +3,7 @@
     jaxvid-forge procedural --out DIR [--train 3000 --validation 100 --test 300 --seed 0]
     jaxvid-forge sound --out DIR [--train 1500 --validation 60 --test 200 --mix.show intervened]
     jaxvid-forge visual --videos DIR --out DIR [--edits 4]
+    jaxvid-forge pasta --shards DIR --out DIR [--adversaries bend --across]
     jaxvid-forge practice --out DIR [--train 12000]
     jaxvid-forge utr --shards DIR --out DIR [--scale 100]
     jaxvid-forge steps --shards DIR --out DIR
@@ -19,11 +20,12 @@ import multiprocessing
 import pathlib
 import sys
 from collections.abc import Iterator
+from typing import Literal
 
 import tyro
 from tqdm import tqdm
 
-from data_gen import practice, sources, steps, utr, visual
+from data_gen import pasta, practice, sources, steps, utr, visual
 from data_gen.procedural import hear
 from data_gen.procedural.make import CHUNK, Mix, chunk
 from data_gen.procedural.scene import Settings
@@ -172,7 +174,7 @@ def footage(args: Visual) -> None:
     print(f"wrote {written.records} pairs to {args.out}")
 
 
-def _texts(args: Visual) -> dict:
+def _texts(args: "Visual | Pasta") -> dict:
     return {k: str(v) for k, v in vars(args).items()}
 
 
@@ -193,6 +195,35 @@ def _edited(args: Visual, faults: list[dict[str, str]]) -> Iterator[Record]:
                 )
         except (media.MediaError, ValueError, OSError) as error:
             faults.append({"clip": str(path), "reason": str(error)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Pasta:
+    """Adversarial preferences and probes on the clips of the laptop world (VideoPASTA)."""
+
+    shards: pathlib.Path  # that `jaxvid-forge procedural` wrote
+    out: pathlib.Path
+    adversaries: Literal["swap", "bend"] = "swap"  # true of another clip, or the truth bent
+    specific: bool = True  # also a preference on each axis, between two replies
+    across: bool = False  # also the chosen words about the pair's other clip, as a rejected reply
+    train: int = 0  # records per split at most; 0 is all there are
+    validation: int = 0
+    test: int = 0
+    seed: int = 0
+
+
+def adversarial(args: Pasta) -> None:
+    """Writes the splits that the shards have. Raises SystemExit if the folder is made already."""
+    if (args.out / "forged.json").exists():
+        raise SystemExit(f"{args.out} is there; give another --out, or remove it")
+    how = pasta.How(args.seed, args.adversaries, args.specific, args.across)
+    for split in shards.splits(args.shards):
+        source = shards.Source(str(args.shards), split)
+        count = vars(args)[split] if split in SPLITS else 0
+        some = [source[i] for i in range(min(count, len(source)))] if count else source
+        written = shards.write(args.out, pasta.records(some, how), split=split, replace=True)
+        print(f"wrote {written.records} {split} records to {args.out}")
+    (args.out / "forged.json").write_text(json.dumps(_texts(args), indent=1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,6 +325,7 @@ VERBS = {
     Procedural: procedural,
     Sound: procedural,
     Visual: footage,
+    Pasta: adversarial,
     Practice: reading,
     Utr: trajectories,
     Steps: stepwise,

@@ -107,6 +107,7 @@ class PreferenceRun(Run):
 
     objective: DPO | PDPO = DPO()
     reference: str = ""  # model folder; "" is where this run starts, with LoRA at no memory
+    sidecar: str = ""  # folder of `jaxvid score`; "" computes the reference in every step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

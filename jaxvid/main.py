@@ -13,6 +13,7 @@ import pathlib
 import platform
 import sys
 
+SCORE = "configs/tiny_pasta.py --out runs/pasta/reference"
 ABLATE = "ablation_dna --workdir runs/ablation --seeds 5"
 TPL = "runs/utr/shards --model runs/sft/model --keep-top 0.8 --out runs/utr/kept"
 PACKAGES = ("jaxvid", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
@@ -61,6 +62,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p = verb("train", _train, "train by a recipe", "tiny_sft --workdir runs/sft", overrides=True)
     p.add_argument("config", nargs="?", help="path or name of a recipe, `:runlocal` for the small")
     p.add_argument("--workdir", type=pathlib.Path)
+    p = verb("score", _score, "a reference's log-probs, once", SCORE, overrides=True)
+    p.add_argument("config", nargs="?", help="path or name of a recipe of preferences")
+    p.add_argument("--out", type=pathlib.Path, help="folder; default: beside the first shards")
     p = verb("eval", _eval, "answer every pair", "tiny_eval --workdir runs/eval", overrides=True)
     p.add_argument("config", nargs="?", help="path or name of a recipe")
     p.add_argument("--workdir", type=pathlib.Path)
@@ -148,20 +152,21 @@ def _sampling(args: argparse.Namespace, cfg):
     return runs.sampling_of(args.model, cfg, asked)
 
 
-def _from_command(args: argparse.Namespace, rest: list[str]):
+def _from_command(args: argparse.Namespace, rest: list[str], folder: str = "workdir"):
     from jaxvid import runs
 
     if args.config is None and rest and not rest[0].startswith("-"):
         args.config = rest.pop(0)  # argparse gives up on it where it stands after an option
     if args.config is None:
+        example = SCORE if folder == "out" else "configs/tiny_base.py:runlocal --workdir /tmp/run"
         print(
-            f"usage: jaxvid {args.verb} CONFIG [--field.sub VALUE ...] --workdir DIR\n"
+            f"usage: jaxvid {args.verb} CONFIG [--field.sub VALUE ...] --{folder} DIR\n"
             f"       jaxvid {args.verb} CONFIG --help     shows every field of CONFIG\n"
-            f"example: jaxvid {args.verb} configs/tiny_base.py:runlocal --workdir /tmp/run"
+            f"example: jaxvid {args.verb} {example}"
         )
         raise SystemExit(0 if {"-h", "--help"} & {*rest} else 2)
     run = runs.load_config(args.config, rest, f"jaxvid {args.verb}")
-    if args.workdir is None:
+    if folder == "workdir" and args.workdir is None:
         raise ValueError("no --workdir; name the folder that this run shall write to")
     return run
 
@@ -179,6 +184,19 @@ def _train(args: argparse.Namespace, rest: list[str]) -> int:
     if result.interrupted:
         print(f"stopped and saved at step {result.step}; the same command goes on from there")
         return 143  # as a process that SIGTERM ended, so that a scheduler starts it again
+    return 0
+
+
+def _score(args: argparse.Namespace, rest: list[str]) -> int:
+    from jaxvid import config, scoring
+
+    run = _from_command(args, rest, "out")
+    if not isinstance(run, config.PreferenceRun):
+        raise ValueError(
+            f"{args.config} is a {type(run).__name__}; `jaxvid score` wants a PreferenceRun"
+        )
+    out = scoring.score(run, args.out)
+    print(f"wrote {out}; train with --sidecar {out}")
     return 0
 
 

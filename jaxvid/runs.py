@@ -20,7 +20,7 @@ import tyro
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxvid import config, perplexity, rewards, sharding
+from jaxvid import config, perplexity, rewards, scoring, sharding
 from jaxvid.config import AnyRun, EvalRun, ProbeRun, Run
 from jaxvid.data import chat, frames, pipeline, shards
 from jaxvid.eval import probe as probes
@@ -101,6 +101,7 @@ def train(run: Run, workdir: pathlib.Path) -> loop.Result:
     sharding.row_sharding(mesh, run.data.budget.rows)  # says at once if the rows do not divide
     if isinstance(run, config.PolicyRun) and isinstance(run.reward, rewards.Function):
         rewards.loaded(run.reward.path)  # says at once if it is not there
+    scoring.check(run)
     saved = _save_config(run, workdir)
     with jax.set_mesh(mesh):
         loaded = config.load_model(run, mesh)
@@ -134,6 +135,7 @@ def _update(
 ):
     """The update of a kind of run, the stream it reads, and what validation does to a batch."""
     builder = config.make_builder(run.model, loaded.cfg, run.data)
+    builder = scoring.with_sidecar(run, builder, "data")
     share = {"process": jax.process_index(), "processes": jax.process_count()}
     temperature = run.rollout.sampling.temperature if isinstance(run, config.PolicyRun) else 1.0
     train_step = step.make_step(
@@ -166,7 +168,7 @@ def _update(
         )
         return policy.make_update(parts, run.seed), parts.stream, lambda _, batch: batch
     batches = iter(pipeline.batches(run.data, builder, run.seed, **share))
-    if isinstance(run, config.PreferenceRun):
+    if isinstance(run, config.PreferenceRun) and not run.sidecar:
         reference = refer(step.make_score(loaded.graph), temperature)
         prepare = lambda now, batch: batch._replace(ref=reference(now, batch))
         return loop.preference(train_step, reference, mesh), batches, prepare
@@ -190,6 +192,7 @@ def _evaluation(run: Run, loaded: hf.Loaded, mesh: Mesh, prepare) -> loop.Evalua
             raise ValueError("eval_every or ask is set but there is no validation data; set both")
         return None
     builder = config.make_builder(run.model, loaded.cfg, run.validation)
+    builder = scoring.with_sidecar(run, builder, "validation")
     parts = []
     if not isinstance(run, config.PolicyRun) and set(run.validation.tasks) != {"policy"}:
         share = {"process": jax.process_index(), "processes": jax.process_count()}
