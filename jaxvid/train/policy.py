@@ -232,8 +232,10 @@ def _count(parts: Parts, seen: Replies, found: Advantages, metrics: dict[str, fl
 
 
 def _over_laps(laps: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over the steps of one update; counters give their last value, tokens their sum."""
-    means = {name: float(np.mean([lap[name] for lap in laps])) for name in laps[0]}
+    """Means over the steps of one update; counters give their last value, tokens their sum, and
+    what is named .../max its largest."""
+    over = lambda name: np.max if name.endswith("/max") else np.mean
+    means = {name: float(over(name)([lap[name] for lap in laps])) for name in laps[0]}
     last = ("skipped", "skipped_total", "optimizer_step")
     means |= {name: float(laps[-1][name]) for name in last}
     return means | {"num_tokens": float(sum(lap["num_tokens"] for lap in laps))}
