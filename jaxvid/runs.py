@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import functools
-import hashlib
 import importlib
 import importlib.util
 import itertools
@@ -22,7 +21,7 @@ from jax.sharding import Mesh
 
 from jaxvid import config, perplexity, rewards, scoring, sharding
 from jaxvid.config import AnyRun, EvalRun, ProbeRun, Run
-from jaxvid.data import chat, frames, pipeline, shards
+from jaxvid.data import chat, frames, pipeline, shards, sidecar
 from jaxvid.eval import probe as probes
 from jaxvid.eval import run as evaluation
 from jaxvid.eval import sound
@@ -30,6 +29,9 @@ from jaxvid.models import hf, lora, peft
 from jaxvid.models.layers import Compute
 from jaxvid.rollout import remote
 from jaxvid.train import checkpoint, loop, optimizers, policy, state, step
+
+
+FILES = ("*.safetensors", "*.json", "*.jinja")  # what a model folder computes with
 
 
 def load_config(name: str, overrides: list[str], prog: str = "jaxvid train") -> AnyRun:
@@ -317,7 +319,7 @@ def tpl(
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> tuple[list[perplexity.Row], list[perplexity.Skipped]]:
     """Temporal perplexity of every answer of a source, computed in `dtype`; on all devices."""
-    about = {"model": str(model), "weights": fingerprint(model), "dtype": dtype}
+    about = {"model": str(model), "weights": sidecar.of_files(model, FILES), "dtype": dtype}
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh):
         cfg = dataclasses.replace(hf.read_config(model), compute=Compute(dtype=dtype))
@@ -325,15 +327,6 @@ def tpl(
         builder = config.make_builder(model, cfg, None)
         start = hf.abstract(cfg)[0], params, builder, source
         return perplexity.measure(*start, sampling, settings, workdir, mesh=mesh, about=about)
-
-
-def fingerprint(folder: pathlib.Path) -> str:
-    """Of a model folder's weights, settings, tokenizer and template, whatever its name is."""
-    found, names = hashlib.sha256(), (".safetensors", ".json", ".jinja")
-    for path in sorted(p for p in pathlib.Path(folder).iterdir() if p.suffix in names):
-        with open(path, "rb") as file:
-            found.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
-    return found.hexdigest()[:16]
 
 
 def sampling_of(
