@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import jax.numpy as jnp
@@ -379,22 +382,29 @@ def test_the_summary_of_nothing():
     assert json.dumps(summary)
 
 
-def test_the_recipes_run(tmp_path, quick, capsys):
-    """Forge, step pairs of the shipped base, and two updates of pDPO on them."""
-    world, pdpo = tmp_path / "world", tmp_path / "pdpo"
+def test_the_recipes_run(tmp_path):
+    """Forge, step pairs of the shipped base, and two updates of pDPO on them, on one device."""
+    world, found, pdpo = (str(tmp_path / name) for name in ("world", "pairs", "pdpo"))
     sizes = ("--train", "2", "--validation", "0", "--test", "0", "--workers", "0")
-    build.main(["procedural", "--out", str(world), *sizes])
-    steps_run = ["steps", "tiny_steps:runlocal", "--workdir", str(tmp_path / "pairs")]
-    assert main.main([*steps_run, "--data.shards", str(world)]) == 0
-    assert "step pairs: " in capsys.readouterr().out
-    source = shards.Source(tmp_path / "pairs" / "shards", "train")
+    build.main(["procedural", "--out", world, *sizes])
+    rolled = ("--compute.unroll", "1")  # quicker to compile
+    pairs_of = ["steps", "tiny_steps:runlocal", "--workdir", found, "--data.shards", world, *rolled]
+    train = ["train", "tiny_pdpo:runlocal", "--workdir", pdpo, *rolled]
+    train += ["--data.shards", f"{found}/shards"]
+    code = f"from jaxvid.main import main; raise SystemExit(main({pairs_of}) or main({train}))"
+    env = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "step pairs: " in done.stdout
+    source = shards.Source(f"{found}/shards", "train")
     assert any(not r.ends for record in source for e in record.examples for r in e.responses)
-    train = ["train", "tiny_pdpo:runlocal", "--workdir", str(pdpo), "--data.budget.rows", "8"]
-    flags = ["--data.shards", str(tmp_path / "pairs" / "shards"), "--objective.labels", "soft"]
-    assert main.main([*train, *flags]) == 0
-    rows = metrics.read(pdpo)
-    assert np.isfinite([row["loss"] for row in rows]).all()
-    assert (pdpo / "model" / "config.json").is_file()
-    assert main.main(["train", "tiny_steps:runlocal", "--workdir", str(tmp_path / "x")]) == 1
-    assert main.main(["steps", "tiny_pdpo:runlocal", "--workdir", str(tmp_path / "x")]) == 1
+    rows = metrics.read(tmp_path / "pdpo")
+    assert rows and np.isfinite([row["loss"] for row in rows]).all()
+    assert (tmp_path / "pdpo" / "model" / "config.json").is_file()
+
+
+def test_a_recipe_of_another_kind_is_named(tmp_path, capsys):
+    assert main.main(["train", "tiny_steps:runlocal", "--workdir", str(tmp_path)]) == 1
+    assert "tiny_steps:runlocal is a StepsRun" in capsys.readouterr().err
+    assert main.main(["steps", "tiny_pdpo:runlocal", "--workdir", str(tmp_path)]) == 1
     assert "wants a StepsRun" in capsys.readouterr().err
