@@ -39,7 +39,9 @@ FOUND = list(commands())
 
 
 def test_pages_have_commands():
-    assert {"README.md", "data.md", "train.md", "preferences.md", "evaluate.md"} <= {page for page, _ in FOUND}
+    assert {"README.md", "data.md", "train.md", "preferences.md", "evaluate.md"} <= {
+        page for page, _ in FOUND
+    }
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,9 @@ def test_command_is_one_that_works(page, words, monkeypatch, tmp_path):
         launch.main(rest)
         assert called
     elif rest[0] in ("train", "eval", "score", "ablate"):
-        own = [i for i, w in enumerate(rest) if w in ("--workdir", "--out", "--seeds")]  # not of the recipe
+        own = [
+            i for i, w in enumerate(rest) if w in ("--workdir", "--out", "--seeds")
+        ]  # not of the recipe
         flags = [w for i, w in enumerate(rest) if i > 1 and i not in own and i - 1 not in own]
         monkeypatch.chdir(ROOT)
         runs.load_config(rest[1], [f for f in flags if f != "--help"])

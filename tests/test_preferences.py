@@ -56,7 +56,7 @@ def unpaired(sequence):
 def by_hand(weighted, params):
     """(loss, margins by pair) of log-probs of one sequence a row."""
     alone = rows([[unpaired(s)] for g in groups() for t in g for s in apart(t)])
-    _, scores = weighted(params, alone)
+    _, scores = weighted(params, jax.tree.map(jnp.asarray, alone))
     at = {}  # of a branch: its row and column
     for r, m in np.argwhere(alone.branches.record >= 0):
         name = int(alone.branches.record[r, m]), int(alone.branches.branch[r, m])
