@@ -22,15 +22,15 @@ from jaxvid.train.optimizers import AdamW
 
 
 def get_config(runlocal: bool = False) -> PreferenceRun:
-    pairs, steps = (2, 2) if runlocal else (8, 60)
+    pairs, steps = (2, 2) if runlocal else (8, 40)
     return PreferenceRun(
         model=_tiny.BASE if runlocal else "runs/pasta_sft/model",
         compute=Compute(remat="none", unroll=4),
         data=_tiny.adversaries(pairs),
         validation=_tiny.adversaries(pairs, "validation"),
         objective=DPO(beta=0.1, axis_weights=(1.0, 1.0, 1.0)),
-        optimizer=AdamW(lr=2e-5, warmup=0 if runlocal else 5, final=0.1),
+        optimizer=AdamW(lr=4e-5, warmup=0 if runlocal else 5, final=0.1),
         steps=steps,
-        eval_every=30,
+        eval_every=20,
         checkpoint_every=20,
     )

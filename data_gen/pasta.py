@@ -19,7 +19,7 @@ sentence is made by construction, so it is known to be false, and on which axis.
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -28,6 +28,7 @@ from data_gen.procedural import tell
 from data_gen.procedural.motion import plan
 from data_gen.procedural.scene import Scene, Thing, generator
 from jaxvid.data.records import Example, Record, Response
+from jaxvid.data.shards import Source
 
 AXES = ("spatial", "temporal", "crossframe")
 DESCRIBE = "Describe the clip."
@@ -42,6 +43,12 @@ ASKED = {
     "crossframe": ("crossing", "Which way does the small shape go?"),
 }
 CROSSINGS = ("left to right", "right to left", "top to bottom", "bottom to top")
+# What stands in for values that a handful of clips does not have.
+MORE = {
+    "spatial": tuple(f"{row} {column}" for row in tell.ROWS for column in tell.COLUMNS),
+    "temporal": ("still", "left", "right", "up", "down"),
+    "crossframe": CROSSINGS,
+}
 TWO_SHAPES = "The small shape at the start and at the end are two shapes."
 NONE, SO = "none of the above", "it is so"
 
@@ -119,11 +126,8 @@ def against(clips: list[Clip], seed: int) -> list[Clip]:
                 false[i][axis], false[mate][axis] = clips[mate].true[axis], clips[i].true[axis]
             order = waiting
         for i in waiting:
-            others = [c.true[axis] for c in clips if c.true[axis] != clips[i].true[axis]]
-            if not others:
-                raise ValueError(
-                    f"all {len(clips)} clips are alike on the axis {axis}; give more records"
-                )
+            known = [c.true[axis] for c in clips if c.true[axis] != clips[i].true[axis]]
+            others = known or [v for v in MORE[axis][:2] if v != clips[i].true[axis]]
             false[i][axis] = str(rng.choice(others))
     return [dataclasses.replace(c, false=f) for c, f in zip(clips, false)]
 
@@ -176,7 +180,7 @@ def questions(clip: Clip, pool: dict[str, list[str]], rng: np.random.Generator) 
     found = []
     for axis in AXES:
         truth, lie = clip.true[axis], clip.false[axis]
-        others = _others(pool[axis], (truth, lie), rng)
+        others = _others(axis, pool[axis], (truth, lie), rng)
         absent = rng.random() < 0.5
         three = [lie if absent else truth, *others]
         listed = (*(three[i] for i in rng.permutation(3)), NONE)
@@ -200,9 +204,11 @@ def _asked(kind, axis, question, options, right, wrong) -> Asked:
     return Asked(kind, axis, prompt, options, letter(right[1]), reply(*right), reply(*wrong))
 
 
-def _others(pool: list[str], taken: tuple[str, str], rng: np.random.Generator) -> list[str]:
+def _others(
+    axis: str, pool: list[str], taken: tuple[str, str], rng: np.random.Generator
+) -> list[str]:
     """Two more values, as often each as they are true."""
-    drawn = dict.fromkeys(pool[i] for i in rng.permutation(len(pool)))
+    drawn = dict.fromkeys([*(pool[i] for i in rng.permutation(len(pool))), *MORE[axis]])
     return list(itertools.islice((v for v in drawn if v not in taken), 2))
 
 
@@ -258,7 +264,7 @@ def _specific(
             yield Example(f"prefer {named} {clip.side}", "preference", *asked, pair)
 
 
-def records(source: Iterable[Record], how: How) -> Iterator[Record]:
+def records(source: Source | list[Record], how: How) -> Iterator[Record]:
     """The records told again. `source` is gone through twice: who swaps with whom is known after
     the first time. A function of the source and of `how` alone."""
     clips = against([c for record in source for c in clips_of(record)], how.seed)

@@ -8,8 +8,11 @@ import pytest
 from data_gen import build, pasta
 from data_gen.procedural import make, tell
 from data_gen.procedural.scene import Settings
+from jaxvid import main
 from jaxvid.data import shards
 from jaxvid.data.records import Record
+from jaxvid.eval import probe
+from jaxvid.train import metrics
 
 HOW = pasta.How(seed=0)
 
@@ -130,3 +133,22 @@ def test_forge_writes_every_split_once_and_takes_the_world_alone(world, tmp_path
     plain = dataclasses.replace(world[0], meta={})
     with pytest.raises(ValueError, match="has no scene"):
         list(pasta.records([plain], HOW))
+
+
+def test_the_page_s_commands_end_to_end(tmp_path, quick):
+    """Forge, score, train by the small recipe with the scores, ask the probe."""
+    at = lambda name: str(tmp_path / name)
+    sizes = ("--train", "4", "--validation", "4", "--test", "4")
+    build.main(["procedural", "--out", at("world"), "--workers", "0", *sizes])
+    build.main(["pasta", "--shards", at("world"), "--out", at("pasta")])
+    where = ["--data.shards", at("pasta"), "--validation.shards", at("pasta")]
+    where += ["--data.budget.rows", "8", "--validation.budget.rows", "8"]  # eight devices
+    assert main.main(["score", "tiny_pasta:runlocal", "--out", at("kept"), *where]) == 0
+    run = ["tiny_pasta:runlocal", "--workdir", at("run"), "--sidecar", at("kept"), *where]
+    assert main.main(["train", *run]) == 0
+    last = metrics.read(tmp_path / "run")[-1]
+    assert all(f"eval_rewards/accuracies/{axis}" in last for axis in pasta.AXES)
+    ask = ["tiny_pasta_eval:runlocal", "--model", at("run/model"), "--workdir", at("probe")]
+    assert main.main(["eval", *ask, "--data.shards", at("pasta"), "--ask.limit", "12"]) == 0
+    found = probe.load(tmp_path / "probe")
+    assert len(found) == 12 and {p.kind.split("-")[1] for p in found} == set(pasta.AXES)
