@@ -50,14 +50,16 @@ def table(rows: list[Row], out: str = "") -> str:
     return text
 
 
-def seconds(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median time of each run, taken in turns; each runs once before."""
+def seconds(
+    runs: Mapping[str, Callable[[], Any]], repeats: int, *, warm: int = 1
+) -> dict[str, float]:
+    """Median time of each run, taken in turns; each runs `warm` times before."""
     taken = {name: [] for name in runs}
-    for i in range(repeats + 1):
+    for i in range(repeats + warm):
         for name, run in runs.items():
             start = time.perf_counter()
             jax.block_until_ready(run())
-            if i:
+            if i >= warm:
                 taken[name].append(time.perf_counter() - start)
     return {name: statistics.median(times) for name, times in taken.items()}
 

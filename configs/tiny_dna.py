@@ -19,7 +19,7 @@ from jaxvid.models.layers import Compute
 from jaxvid.objectives.advantages import Duality
 from jaxvid.objectives.policy import Policy
 from jaxvid.rollout.sampler import Sampling
-from jaxvid.train import policy
+from jaxvid.train import groups
 from jaxvid.train.optimizers import AdamW
 
 
@@ -33,7 +33,7 @@ def get_config(runlocal: bool = False) -> PolicyRun:
         ask=Settings(max_tokens=_tiny.REPLY, rows=100),
         objective=Policy(clip_low=0.2, clip_high=0.28, dual_clip=3.0, aggregation="batch_token"),
         advantages=Duality(),
-        rollout=policy.Settings(group=8, sampling=Sampling(max_tokens=_tiny.REPLY), max_refills=2),
+        rollout=groups.Settings(group=8, sampling=Sampling(max_tokens=_tiny.REPLY), max_refills=2),
         optimizer=AdamW(lr=3e-5, warmup=0 if runlocal else 3, schedule="constant"),
         steps=steps,
         eval_every=20,

@@ -3,7 +3,10 @@
     jaxvid-forge procedural --out DIR [--train 3000 --validation 100 --test 300 --seed 0]
     jaxvid-forge sound --out DIR [--train 1500 --validation 60 --test 200 --mix.show intervened]
     jaxvid-forge visual --videos DIR --out DIR [--edits 4]
+    jaxvid-forge pasta --shards DIR --out DIR [--adversaries bend --across]
     jaxvid-forge practice --out DIR [--train 12000]
+    jaxvid-forge utr --shards DIR --out DIR [--scale 100]
+    jaxvid-forge steps --shards DIR --out DIR
     jaxvid-forge tokenizer --shards DIR --out MODEL_DIR [--vocab 512]
 
 Every record is a function of seed, split and index, so workers may render in any order and an
@@ -17,11 +20,12 @@ import multiprocessing
 import pathlib
 import sys
 from collections.abc import Iterator
+from typing import Literal
 
 import tyro
 from tqdm import tqdm
 
-from data_gen import practice, sources, visual
+from data_gen import pasta, practice, sources, steps, utr, visual
 from data_gen.procedural import hear
 from data_gen.procedural.make import CHUNK, Mix, chunk
 from data_gen.procedural.scene import Settings
@@ -170,7 +174,7 @@ def footage(args: Visual) -> None:
     print(f"wrote {written.records} pairs to {args.out}")
 
 
-def _texts(args: Visual) -> dict:
+def _texts(args: "Visual | Pasta") -> dict:
     return {k: str(v) for k, v in vars(args).items()}
 
 
@@ -194,6 +198,35 @@ def _edited(args: Visual, faults: list[dict[str, str]]) -> Iterator[Record]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pasta:
+    """Adversarial preferences and probes on the clips of the laptop world (VideoPASTA)."""
+
+    shards: pathlib.Path  # that `jaxvid-forge procedural` wrote
+    out: pathlib.Path
+    adversaries: Literal["swap", "bend"] = "swap"  # true of another clip, or the truth bent
+    specific: bool = True  # also a preference on each axis, between two replies
+    across: bool = False  # also the chosen words about the pair's other clip, as a rejected reply
+    train: int = 0  # records per split at most; 0 is all there are
+    validation: int = 0
+    test: int = 0
+    seed: int = 0
+
+
+def adversarial(args: Pasta) -> None:
+    """Writes the splits that the shards have. Raises SystemExit if the folder is made already."""
+    if (args.out / "forged.json").exists():
+        raise SystemExit(f"{args.out} is there; give another --out, or remove it")
+    how = pasta.How(args.seed, args.adversaries, args.specific, args.across)
+    for split in shards.splits(args.shards):
+        source = shards.Source(str(args.shards), split)
+        count = vars(args)[split] if split in SPLITS else 0
+        some = [source[i] for i in range(min(count, len(source)))] if count else source
+        written = shards.write(args.out, pasta.records(some, how), split=split, replace=True)
+        print(f"wrote {written.records} {split} records to {args.out}")
+    (args.out / "forged.json").write_text(json.dumps(_texts(args), indent=1))
+
+
+@dataclasses.dataclass(frozen=True)
 class Practice:
     """Reading practice without clips, for a base model trained from nothing."""
 
@@ -207,6 +240,29 @@ def reading(args: Practice) -> None:
         args.out, practice.records(args.seed, "train", args.train), split="train", replace=True
     )
     print(f"wrote {written.records} records to {args.out}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The laptop world's questions of choice with replies in steps, on the same clips."""
+
+    shards: pathlib.Path  # of `procedural`
+    out: pathlib.Path
+
+
+def stepwise(args: Steps) -> None:
+    """Writes the splits that are missing. Raises SystemExit for shards of another kind."""
+    for split in shards.splits(args.shards):
+        if split in shards.splits(args.out):
+            print(f"{split} is there")
+            continue
+        source = shards.Source(str(args.shards), split)
+        made = steps.records(source[i] for i in range(len(source)))
+        try:
+            written = shards.write(args.out, made, split=split)
+        except ValueError as error:
+            raise SystemExit(f"jaxvid-forge steps: {error}") from error
+        print(f"wrote {written.records} {split} records to {args.out}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,11 +287,48 @@ def tokenizer(args: Tokenizer) -> None:
     print(f"wrote a tokenizer of {chat.Chat(args.out).size} tokens to {args.out}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Utr:
+    """Video-UTR's dialogues of the trajectories that some shards carry, both ways."""
+
+    shards: pathlib.Path  # records with meta["tracks"], or of the laptop world; every split is read
+    out: pathlib.Path
+    seed: int = 0
+    asking: tyro.conf.OmitArgPrefixes[utr.Asking] = utr.Asking()
+
+
+def trajectories(args: Utr) -> None:
+    """Writes every split. A record without tracks goes to untracked.jsonl with the reason.
+
+    Raises SystemExit if a split is there, or none of its records has tracks.
+    """
+    lines, count = [], 0
+    for split in shards.splits(args.shards):
+        source, faults = shards.Source(str(args.shards), split), []
+        known = utr.pool((source[i] for i in range(len(source))), args.asking, args.seed)
+        bar = tqdm(range(len(source)), f"forge utr {split}", unit="record")
+        made = utr.records((source[i] for i in bar), known, args.asking, args.seed, faults)
+        try:
+            count += shards.write(args.out, made, split=split).records
+        except shards.ShardError as error:
+            raise SystemExit(f"jaxvid-forge utr: {error}\n{''.join(faults[:5])}") from error
+        lines += faults
+    if not count:
+        raise SystemExit(f"jaxvid-forge utr: {args.shards} has no finished split; make it first")
+    if lines:
+        (args.out / "untracked.jsonl").write_text("".join(lines))
+        print(f"{len(lines)} records left out; reasons in {args.out / 'untracked.jsonl'}")
+    print(f"wrote {count} records to {args.out}")
+
+
 VERBS = {
     Procedural: procedural,
     Sound: procedural,
     Visual: footage,
+    Pasta: adversarial,
     Practice: reading,
+    Utr: trajectories,
+    Steps: stepwise,
     Tokenizer: tokenizer,
 }
 

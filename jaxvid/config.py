@@ -26,16 +26,16 @@ from jaxvid.objectives.advantages import DAPO, GRPO, DrGRPO, Duality
 from jaxvid.objectives.policy import Policy
 from jaxvid.objectives.preference import DPO, PDPO
 from jaxvid.objectives.sft import SFT
+from jaxvid.rollout import steps as step_pairs
 from jaxvid.rollout.sampler import Sampling
-from jaxvid.train import loop
-from jaxvid.train import policy as policy_loop
+from jaxvid.train import groups, loop
 from jaxvid.train import state as states
 from jaxvid.train.optimizers import Adafactor, AdamW, Muon, Rates
 
 SHIPPED = "@checkpoints/"
 
-Ask, Rollout = evaluation.Settings, policy_loop.Settings
-Probe = probe.Settings
+Ask, Rollout = evaluation.Settings, groups.Settings
+Probe, Steps = probe.Settings, step_pairs.Settings
 Replies = Sampling  # how a rollout draws; Data.sampling says which frames are seen
 Optimizer = AdamW | Muon | Adafactor
 Reward = (
@@ -45,6 +45,9 @@ Reward = (
     | rewards.Seconds
     | rewards.Interval
     | rewards.Tracks
+    | rewards.Open
+    | rewards.ByAnswer
+    | rewards.Function
 )
 Advantage = Duality | GRPO | DAPO | DrGRPO
 
@@ -104,6 +107,18 @@ class PreferenceRun(Run):
 
     objective: DPO | PDPO = DPO()
     reference: str = ""  # model folder; "" is where this run starts, with LoRA at no memory
+    sidecar: str = ""  # folder of `jaxvid score`; "" computes the reference in every step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Server:
+    """A server that samples in place of this process (rollout/remote.py); url "" is none."""
+
+    url: str = ""
+    model: str = ""  # its name there
+    key_file: str = ""  # file that holds its key
+    timeout: float = 600.0  # seconds that one try may take
+    tries: int = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +127,7 @@ class PolicyRun(Run):
 
     objective: Policy = Policy()
     rollout: Rollout = Rollout()
+    server: Server = Server()
     reward: Reward = rewards.Answer()
     advantages: Advantage = Duality()
     reference: str = ""  # read where objective.kl_coef is above 0; "" is the start
@@ -120,7 +136,7 @@ class PolicyRun(Run):
     best_mode: Literal["min", "max"] = "max"
 
     def updates_per_step(self) -> int:
-        return self.rollout.updates
+        return self.rollout.updates * self.rollout.minibatches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,7 +170,22 @@ class ProbeRun:
     tensor: int = 1
 
 
-AnyRun = SFTRun | PreferenceRun | PolicyRun | EvalRun | ProbeRun
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepsRun:
+    """Pairs of steps, for PDPO, out of a model's own replies to the policy questions of a split."""
+
+    model: str
+    compute: Compute = Compute()
+    data: Data
+    steps: Steps = Steps()
+    reward: Reward = rewards.Answer()  # whose `correct` says that a reply is right
+    seed: int = 0
+    replica: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+AnyRun = SFTRun | PreferenceRun | PolicyRun | EvalRun | ProbeRun | StepsRun
 
 
 def load_model(run: AnyRun, mesh: Mesh) -> hf.Loaded:

@@ -2,11 +2,20 @@
 
 Each reward is a small frozen dataclass; what it reads of an example is named by `Question`, so a
 record of the data room fits and so does anything else that has those two fields. Replies are read
-by `answers` alone: evaluation and reward can never disagree about what a reply said.
+by `answers` alone: evaluation and reward can never disagree about what a reply said. A function of
+the user's own is a reward by its import path (`Function`), and is given a `Case`.
 """
 
+import collections
 import dataclasses
-from typing import NamedTuple, Protocol, runtime_checkable
+import functools
+import importlib
+import importlib.util
+import math
+import numbers
+import pathlib
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -25,12 +34,26 @@ class Question(Protocol):
     def answer(self) -> str: ...
 
 
+class Case(NamedTuple):
+    """What a reply is an answer to, as a user's function gets it. Fits `Question`."""
+
+    id: str  # of the record
+    name: str  # of the question in its record
+    prompt: str
+    options: tuple[str, ...]
+    answer: str  # the right letter, or text
+    side: int  # 0 real, 1 counterfactual
+    meta: dict[str, Any]  # of the record: whatever columns it came with
+
+
 class Reward(NamedTuple):
-    """The total, and its parts before weighting: `format` and `correct` are 0 or 1."""
+    """The total, and its parts before weighting: `format` and `correct` are 0 or 1; `correct` is
+    NaN where a reward does not say. `parts` are named values for the log."""
 
     total: float
     format: float
     correct: float
+    parts: dict[str, float] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +204,141 @@ class Tracks(Graded):
         at = {(name, i) for found in (wanted, said) for name, boxes in found.items() for i in boxes}
         overlap = sum(_overlap(wanted.get(n, {}).get(i), said.get(n, {}).get(i)) for n, i in at)
         return 1.0 if overlap / len(at) >= self.enough else overlap / len(at)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Open(Graded):
+    """A short text: 1 for the answer's own words ("exact"), or the F1 of shared words ("words", as
+    SQuAD has it), which is 1 from `enough` on. The answer may list alternatives: "a ball | a disc".
+
+    Words are compared in lower case without punctuation at their ends. Letters that look alike are
+    not alike.
+    """
+
+    match: Literal["exact", "words"] = "exact"
+    enough: float = 1.0
+
+    def grade(self, answer: str, completion: str) -> float:
+        wanted = [_words(a) for a in answer.split("|")]
+        _usable(all(wanted) or None, answer, "a short text, or some separated by |")
+        stated = answers.stated(completion, tagged=True)
+        said = _words(stated[0]) if len(stated) == 1 else []
+        if self.match == "exact":
+            return float(said in wanted)
+        best = max(_f1(said, w) for w in wanted)
+        return 1.0 if best >= self.enough else best
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ByAnswer:
+    """For records of mixed questions: the reward that fits the right answer's form.
+
+    Options: `Answer`. "yes": `YesNo`. "3": `Number`. "1.5 s": `Seconds`. "1 - 2 s": `Interval`.
+    Tracks: `Tracks`. Any other text: `Open`. The settings are those of the rewards they name.
+    """
+
+    format_weight: float = 1.0
+    correct_weight: float = 1.0
+    gated: bool = False
+    number_tolerance: float = 0.0
+    seconds_tolerance: float = 0.2
+    seconds_reach: float = 1.0
+    overlap_enough: float = 1.0  # of intervals and tracks
+
+    def fitting(self, example: Question) -> Callable[[Question, str], Reward]:
+        """The reward of this example."""
+        names = ("format_weight", "correct_weight", "gated")
+        shared = {name: getattr(self, name) for name in names}
+        answer = example.answer
+        if example.options:
+            return Answer(**shared)
+        if answers.tracks(answer):
+            return Tracks(enough=self.overlap_enough, **shared)
+        if answers.yes_no(answer):
+            return YesNo(**shared)
+        if answers.number(answer) is not None and _bare(answer):
+            return Number(tolerance=self.number_tolerance, **shared)
+        if answers.seconds(answer) is not None:
+            reach = {"tolerance": self.seconds_tolerance, "reach": self.seconds_reach}
+            return Seconds(**reach, **shared)
+        if answers.interval(answer) is not None:
+            return Interval(enough=self.overlap_enough, **shared)
+        return Open(**shared)
+
+    def __call__(self, example: Question, completion: str) -> Reward:
+        return self.fitting(example)(example, completion)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Function:
+    """A function of your own, `(case, completion) -> float or dict`, by its import path.
+
+    `path` is "package.module:name" or "folder/file.py:name". A dict gives named values, logged as
+    rewards/NAME; the reward is their sum, each times its weight (1 unless `weights` names it). A
+    value named "correct", 0 or 1, says whether the reply is right: filters on accuracy and the pair
+    reward need it. What it raises or returns beside finite numbers costs the group of replies its
+    place in the update (train/groups.py).
+    """
+
+    path: str
+    weights: tuple[tuple[str, float], ...] = ()
+
+    def __call__(self, example: Question, completion: str) -> Reward:
+        found, weights = loaded(self.path)(example, completion), dict(self.weights)
+        named = found if isinstance(found, dict) else {}
+        for name, value in named.items() if named else [("its value", found)]:
+            if not isinstance(value, numbers.Real) or not math.isfinite(value):
+                raise ValueError(
+                    f"{self.path} returned {name} = {value!r}; a reward is a finite number, or a "
+                    "dict of named ones"
+                )
+        if unknown := sorted(weights.keys() - named.keys()):
+            raise ValueError(f"weights name {unknown}; {self.path} returned {sorted(named)}")
+        values = {name: float(value) for name, value in named.items()}
+        total = sum(weights.get(n, 1.0) * v for n, v in values.items()) if named else float(found)
+        correct = values.pop("correct", math.nan)
+        if correct not in (0.0, 1.0) and not math.isnan(correct):
+            raise ValueError(f"{self.path} returned correct = {correct}; it is 0 or 1")
+        return Reward(total, float(answers.formatted(completion)), correct, values)
+
+
+@functools.cache
+def loaded(path: str) -> Callable[[Question, str], float | dict[str, float]]:
+    """The function of an import path. Raises ValueError that says what is missing."""
+    where, _, name = path.rpartition(":")
+    if not where or not name.isidentifier():
+        raise ValueError(
+            f"reward.path is {path!r}; give package.module:function or file.py:function"
+        )
+    try:
+        if where.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(pathlib.Path(where).stem, where)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(where)
+    except (ImportError, FileNotFoundError) as error:
+        raise ValueError(f"reward.path {path!r}: {error}") from error
+    function = vars(module).get(name)
+    if not callable(function):
+        there = sorted(n for n, v in vars(module).items() if callable(v) and n[0] != "_")
+        raise ValueError(f"reward.path {path!r}: no function {name!r} there; it has {there}")
+    return function
+
+
+def _words(text: str) -> list[str]:
+    found = (w.strip(".,;:!?\"'()") for w in text.casefold().split())
+    return [w for w in found if w]
+
+
+def _f1(said: list[str], wanted: list[str]) -> float:
+    shared = (collections.Counter(said) & collections.Counter(wanted)).total()
+    return 2 * shared / (len(said) + len(wanted)) if shared else 0.0
+
+
+def _bare(answer: str) -> bool:
+    """Whether a number stands without a unit."""
+    return answer.strip().rstrip(".")[-1].isdigit() and " " not in answer.strip()
 
 
 def _overlap(a: answers.Box | None, b: answers.Box | None) -> float:

@@ -11,7 +11,7 @@ import pathlib
 import pkgutil
 import tempfile
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
@@ -19,14 +19,19 @@ import tyro
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxvid import config, sharding
+from jaxvid import config, perplexity, rewards, scoring, sharding
 from jaxvid.config import AnyRun, EvalRun, ProbeRun, Run
-from jaxvid.data import chat, frames, pipeline
+from jaxvid.data import chat, frames, pipeline, shards, sidecar
 from jaxvid.eval import probe as probes
 from jaxvid.eval import run as evaluation
 from jaxvid.eval import sound
 from jaxvid.models import hf, lora, peft
+from jaxvid.models.layers import Compute
+from jaxvid.rollout import remote
 from jaxvid.train import checkpoint, loop, optimizers, policy, state, step
+
+
+FILES = ("*.safetensors", "*.json", "*.jinja")  # what a model folder computes with
 
 
 def load_config(name: str, overrides: list[str], prog: str = "jaxvid train") -> AnyRun:
@@ -96,13 +101,16 @@ def train(run: Run, workdir: pathlib.Path) -> loop.Result:
     """
     mesh = sharding.make_mesh(run.replica, run.fsdp, run.tensor)
     sharding.row_sharding(mesh, run.data.budget.rows)  # says at once if the rows do not divide
+    if isinstance(run, config.PolicyRun) and isinstance(run.reward, rewards.Function):
+        rewards.loaded(run.reward.path)  # says at once if it is not there
+    scoring.check(run)
     saved = _save_config(run, workdir)
     with jax.set_mesh(mesh):
         loaded = config.load_model(run, mesh)
         trained, frozen = config.divide(run, loaded.params)
         steps = run.steps * run.updates_per_step()
         tx = optimizers.scaled(run.optimizer.build(steps, trained), run.rates, trained)
-        update, stream, prepare = _update(run, loaded, trained, tx, mesh)
+        update, stream, prepare = _update(run, loaded, trained, tx, mesh, workdir)
         result = loop.train(
             state.create(trained, tx, mesh, frozen=frozen),
             update,
@@ -125,9 +133,11 @@ def _update(
     trained: nnx.State,
     tx: optax.GradientTransformation,
     mesh: Mesh,
+    workdir: pathlib.Path,
 ):
     """The update of a kind of run, the stream it reads, and what validation does to a batch."""
     builder = config.make_builder(run.model, loaded.cfg, run.data)
+    builder = scoring.with_sidecar(run, builder, "data")
     share = {"process": jax.process_index(), "processes": jax.process_count()}
     temperature = run.rollout.sampling.temperature if isinstance(run, config.PolicyRun) else 1.0
     train_step = step.make_step(
@@ -155,10 +165,12 @@ def _update(
             mesh=mesh,
             reference=refer(score, temperature) if run.objective.kl_coef else None,
             dropout=run.lora.dropout > 0,
+            workdir=workdir,
+            engine=remote.Server(chat=builder.chat, **vars(run.server)) if run.server.url else None,
         )
         return policy.make_update(parts, run.seed), parts.stream, lambda _, batch: batch
     batches = iter(pipeline.batches(run.data, builder, run.seed, **share))
-    if isinstance(run, config.PreferenceRun):
+    if isinstance(run, config.PreferenceRun) and not run.sidecar:
         reference = refer(step.make_score(loaded.graph), temperature)
         prepare = lambda now, batch: batch._replace(ref=reference(now, batch))
         return loop.preference(train_step, reference, mesh), batches, prepare
@@ -182,6 +194,7 @@ def _evaluation(run: Run, loaded: hf.Loaded, mesh: Mesh, prepare) -> loop.Evalua
             raise ValueError("eval_every or ask is set but there is no validation data; set both")
         return None
     builder = config.make_builder(run.model, loaded.cfg, run.validation)
+    builder = scoring.with_sidecar(run, builder, "validation")
     parts = []
     if not isinstance(run, config.PolicyRun) and set(run.validation.tasks) != {"policy"}:
         share = {"process": jax.process_index(), "processes": jax.process_count()}
@@ -295,6 +308,25 @@ def probe(run: ProbeRun, workdir: pathlib.Path) -> probes.Results:
         for name, m in measured.items():
             print(f"{name}: {m.value:.3f} ({m.low:.3f} to {m.high:.3f})")
     return found
+
+
+def tpl(
+    model: pathlib.Path,
+    source: shards.Source,
+    sampling: frames.Sampling,
+    settings: perplexity.Settings,
+    workdir: pathlib.Path,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> tuple[list[perplexity.Row], list[perplexity.Skipped]]:
+    """Temporal perplexity of every answer of a source, computed in `dtype`; on all devices."""
+    about = {"model": str(model), "weights": sidecar.of_files(model, FILES), "dtype": dtype}
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        cfg = dataclasses.replace(hf.read_config(model), compute=Compute(dtype=dtype))
+        params = hf.load(model, mesh=mesh).params
+        builder = config.make_builder(model, cfg, None)
+        start = hf.abstract(cfg)[0], params, builder, source
+        return perplexity.measure(*start, sampling, settings, workdir, mesh=mesh, about=about)
 
 
 def sampling_of(

@@ -157,3 +157,12 @@ def test_the_7b_step_is_of_its_size_and_keeps_its_state_in_place():
     text = jax.tree.leaves((state.params["decoder"], state.params["head"]))
     assert sum(x.size for x in text) == 7_615_616_512  # Qwen2.5-7B
     assert all(x.donated for x in jax.tree.leaves(lowered.args_info[0][0]))
+
+
+def test_rollout_script(capsys):
+    pytest.importorskip("torch")
+    from benchmarks import rollout as rollout_script
+
+    rollout_script.main(["--tiny", "--group", "4", "--reply", "3", "--repeats", "1"])
+    table = cells(capsys)  # 26 tokens and 4 replies of 3: 38 entries against 4 x 29, or 4 x 28
+    assert float(table["cache, ours / theirs"][0]) in (0.33, 0.34)

@@ -60,7 +60,7 @@ def test_command_is_one_that_works(page, words, monkeypatch, tmp_path):
         monkeypatch.setattr(launch, "VERBS", {kind: called.append for kind in launch.VERBS})
         launch.main(rest)
         assert called
-    elif rest[0] in ("train", "eval", "ablate"):
+    elif rest[0] in ("train", "eval", "steps", "ablate"):
         own = [i for i, w in enumerate(rest) if w in ("--workdir", "--seeds")]  # not of the recipe
         flags = [w for i, w in enumerate(rest) if i > 1 and i not in own and i - 1 not in own]
         monkeypatch.chdir(ROOT)

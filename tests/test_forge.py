@@ -7,6 +7,7 @@ import pytest
 
 from data_gen import build, practice, sources
 from data_gen.build import main
+from jaxvid import answers
 from jaxvid.data import shards
 
 CLIPS = pathlib.Path(__file__).parent / "clips"
@@ -94,3 +95,28 @@ def test_reading_practice_tells_every_letter_after_its_option_and_names_none():
             assert not any(o in question for o in options.values())
             told = [r.text for r in e.responses]
             assert told == [f"<think>{o}</think> <answer>{a}</answer>" for a, o in options.items()]
+
+
+def test_replies_in_steps_are_true_of_their_clips(tmp_path):
+    sizes = ("--train", "2", "--validation", "0", "--test", "1")
+    procedural(tmp_path / "world", *sizes)
+    main(["steps", "--shards", str(tmp_path / "world"), "--out", str(tmp_path / "steps")])
+    world, steps = (shards.Source(str(tmp_path / n), "train") for n in ("world", "steps"))
+    assert shards.splits(tmp_path / "steps") == ("test", "train")
+    for before, after in zip(world, steps):
+        after.check()
+        assert (after.id, after.media, after.meta) == (before.id, before.media, before.meta)
+        named = {e.name: e for e in before.examples}
+        for side in (0, 1):
+            policy, told = after.examples[2 * side : 2 * side + 2]
+            assert policy == named[f"policy {side}"]
+            assert (told.task, told.media, told.prompt) == ("sft", side, policy.prompt)
+            text = told.responses[0].text
+            assert answers.formatted(text) and answers.is_right(text, policy.answer, 4)
+            first, path, last, outcome, _ = text.removeprefix("<think>").split("\n")
+            assert named[f"start {side}"].answer.replace("gone", "out of sight") in first
+            assert path == f"Its path is {named[f'path {side}'].answer}."
+            assert named[f"end {side}"].answer.replace("gone", "out of sight") in last
+            assert outcome == policy.options["ABCD".index(policy.answer)]
+    with pytest.raises(SystemExit, match="no example"):
+        main(["steps", "--shards", str(tmp_path / "steps"), "--out", str(tmp_path / "again")])

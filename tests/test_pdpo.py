@@ -134,9 +134,10 @@ def test_pdpo_of_whole_replies_is_dpo():
         near(got.metrics["rewards/margins"], want.metrics["rewards/margins"])
 
 
-def test_pdpo_on_a_laid_out_tree():
+@pytest.mark.parametrize("mu", [None, 0.2])
+def test_pdpo_on_a_laid_out_tree(mu):
     """One prompt: a prefix, not scored, with two alternatives that continue it, beside a pair of
-    whole replies."""
+    whole replies; value and gradient by hand."""
     ids = lambda *x: np.array(x, np.int32)
     on = lambda n: np.ones(n, bool)
     branches = (
@@ -154,9 +155,20 @@ def test_pdpo_on_a_laid_out_tree():
     # scored in the order of `branches`: 6 7 | 8 | 9 | 10 11
     ratio = np.array([[0.3, 0.1, 0.5, -0.2, 0.4, 0.1, 9, 9]], np.float32)
     np.testing.assert_array_equal(batch.tokens.targets, [[6, 7, 8, 9, 10, 11, 0, 0]])
-    loss = call(PDPO(beta=1.0), Scores(ratio, np.zeros_like(ratio)), batch)
-    near(loss.denominator, 2)
-    near(loss.numerator, np.log1p(np.exp(-(0.4 - 0.5))) + np.log1p(np.exp(-(-0.2 - 0.5))))
+    soft = {} if mu is None else dict(labels="soft", mu=mu)
+    scores = Scores(ratio, np.zeros_like(ratio))
+    loss, grad = with_gradient(PDPO(beta=2.0, **soft), scores, batch)
+    want, want_grad = 0.0, np.zeros(8)
+    step = ([1, 1, 0, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0, 0], 2 / 3 - 1 / 3)
+    whole = ([0, 0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 0, 0], 1.0)
+    for one, other, gap in (step, whole):
+        side = np.array(one) - np.array(other)
+        margin = 2.0 * (side * ratio[0]).sum()
+        a = 1.0 if mu is None else sigmoid(gap / mu)
+        want -= a * np.log(sigmoid(margin)) + (1 - a) * np.log(1 - sigmoid(margin))
+        want_grad += 2.0 * (sigmoid(margin) - a) * side
+    near((loss.denominator, loss.numerator), (2, want))
+    near(grad, want_grad[None])
 
 
 def test_pdpo_refuses_settings_that_would_do_nothing():

@@ -252,6 +252,63 @@ def test_several_preferences_share_their_clip(world):
         np.testing.assert_array_equal(one.branches[2].tokens, tree.branches[4 * i + 3].tokens)
 
 
+def test_steps_share_their_prefixes(world):
+    """Step pairs and a pair of whole replies to one question: what they share stands once."""
+    record = make_record(0, "a", ("preference",))
+    first, words = record.examples[0], setup(world)[1].chat
+
+    def steps(name, prefix, good, bad, **how):
+        both = records.Response(good, "chosen", **how), records.Response(bad, "rejected", **how)
+        return dataclasses.replace(first, name=name, prefix=prefix, responses=both)
+
+    examples = (
+        steps("whole", "", "down no", "up no"),
+        steps("late", "down up", " no", " down", ends=False),
+        steps("early", "down", " up", " no", ends=False, value=0.25),
+    )
+    record = dataclasses.replace(record, examples=examples)
+    _, builder = setup(world, tasks=("preference",))
+    (tree,) = builder(record, np.random.default_rng(0))
+    text = [words.decode(b.tokens) for b in tree.branches]
+    assert text == ["down no", "up no", "down up", " no", " down", "down", " up", " no"]
+    assert [b.parent for b in tree.branches] == [0, 0, 0, 3, 3, 0, 6, 6]
+    assert [b.mate for b in tree.branches] == [0, 1, 0, 0, 4, 0, 0, 7]
+    assert [b.value for b in tree.branches] == [1, 0, 0, 1, 0, 0, 0.25, 0.25]
+    assert [b.tokens[-1] in words.stop_ids for b in tree.branches] == [True] * 2 + [False] * 6
+    again = dataclasses.replace(record, examples=tuple(sorted(examples, key=lambda e: e.prefix)))
+    (tree,) = builder(again, np.random.default_rng(0))
+    text = [words.decode(b.tokens) for b in tree.branches]
+    assert text == ["down no", "up no", "down", " up", " no", " up", " no", " down"]
+    assert [b.parent for b in tree.branches] == [0, 0, 0, 3, 3, 3, 6, 6]
+
+
+def test_a_rejected_reply_about_another_clip(world):
+    """The same words, right of one clip and wrong of the other: compared across two trees."""
+    record = make_record(0, "a", ("preference",))
+    one = next(e for e in record.examples if e.media == 0)
+    said = (records.Response("down", "chosen"), records.Response("down", "rejected", media=1))
+    record = dataclasses.replace(record, examples=(dataclasses.replace(one, responses=said),))
+    record.check()
+    data, builder = setup(world, tasks=("preference",))
+    trees = builder(record, np.random.default_rng(0))
+    assert [[(b.mate, b.across, b.side) for b in t.branches] for t in trees] == [
+        [(0, 0, 0)],
+        [(1, -1, 1)],
+    ]
+    np.testing.assert_array_equal(trees[0].branches[0].tokens, trees[1].branches[0].tokens)
+    single = layout.size(trees[0])
+    (batch,) = layout.pack([trees], data.budget)
+    np.testing.assert_array_equal(batch.branches.mate[0, :2], [0, 1])
+    np.testing.assert_array_equal(batch.branches.side[0, :2], [0, 1])
+    (batch,) = layout.pack([trees[:1], trees], data.budget)  # behind another tree
+    row = np.flatnonzero(batch.branches.mate.any(1))[0]
+    at = np.flatnonzero(batch.branches.mate[row])[0]
+    assert batch.branches.side[row, batch.branches.mate[row, at] - 1] == 0
+    small = dataclasses.replace(data.budget, tokens=2 * single.tokens - 1)
+    with pytest.raises(ValueError, match=f"budget.tokens to at least {2 * single.tokens}"):
+        layout.pack([trees], small)
+
+
 def test_blank_clips_and_controls(world):
     data, builder = setup(world, blank=1.0)
     record = shards.Source(world[0], "train")[0]

@@ -23,7 +23,11 @@ PAIR = Record(
             "preference",
             0,
             "Describe.",
-            responses=(Response("It rises.", "chosen"), Response("No.", "rejected", "temporal")),
+            responses=(
+                Response("It rises.", "chosen", value=0.75, ends=False),
+                Response("No.", "rejected", "temporal", media=1),
+            ),
+            prefix="First.",
         ),
     ),
     meta={"category": "event", "at": [1, 2.5]},
@@ -94,7 +98,7 @@ def with_example(**changes):
 @pytest.mark.parametrize(
     "record, words",
     [
-        (dataclasses.replace(PAIR, schema=2), "schema 2"),
+        (dataclasses.replace(PAIR, schema=1), "schema 1"),
         (dataclasses.replace(PAIR, id=" "), "id is empty"),
         (dataclasses.replace(PAIR, licence=""), "licence is empty"),
         (dataclasses.replace(PAIR, examples=()), "no examples"),
@@ -115,6 +119,12 @@ def with_example(**changes):
         (with_example(responses=(Response("x", "bad", "up"),)), "role 'bad'"),
         (with_example(responses=(Response("x", "answer", "up"),)), "axis 'up'"),
         (with_example(responses=(Response(""),)), "response 0 is empty"),
+        (with_example(responses=(Response("x", value=0.5),)), "of preferences"),
+        (with_example(responses=(Response("x", ends=False),)), "of preferences"),
+        (with_example(prefix="x"), "a prefix is of preferences"),
+        (with_example(responses=(Response("x", "chosen", value=1.5),)), "value 1.5"),
+        (with_example(responses=(Response("x", "chosen", media=0),)), "chosen, on media 0"),
+        (with_example(responses=(Response("x", "rejected", media=9),)), "rejected, on media 9"),
     ],
 )
 def test_check_refuses(record, words):
@@ -131,7 +141,7 @@ def test_check_names_every_fault_at_once():
 
 def test_parse_refuses_other_schema_and_other_bytes():
     other = records.serialise(dataclasses.replace(PAIR, schema=99))
-    with pytest.raises(ValueError, match="has schema 99.*reads schema 1"):
+    with pytest.raises(ValueError, match="has schema 99.*reads schema 2"):
         records.parse(other)
     for junk in (b"", b"junk" * 20):
         with pytest.raises(ValueError, match="not a record"):

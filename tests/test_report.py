@@ -8,6 +8,8 @@ import re
 
 import numpy as np
 import pairs
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jaxvid.eval import charts, findings, metrics, page, report, run
@@ -88,8 +90,8 @@ def log(stage: str) -> list[dict]:
     rows.append({"step": 100, "eval_loss": 0.04})
     if stage == "dna":
         for row in rows[:100]:
-            row |= {"duality/signal_real": 3.0, "duality/signal_counterfactual": 5.0 - row["loss"]}
-            row |= {"reward": 1.5, "rewards/correct/real": 0.5, "duality/dead_real": 0.25}
+            row |= {"pair/S_real": 3.0, "pair/S_cf": 5.0 - row["loss"]}
+            row |= {"reward": 1.5, "rewards/correct/real": 0.5, "pair/dead_real": 0.25}
     return rows
 
 
@@ -109,7 +111,32 @@ def fill(workdir, stages=report.STAGES, count=12, shards=True):
             run.write(workdir / stage / "eval" / control, results, builder, settings, {})
         lines = "".join(json.dumps(row) + "\n" for row in log(stage))
         (workdir / stage / "metrics.jsonl").write_text(lines + '{"step": 101, "lo')
+    if "dna" in stages:
+        sampled(workdir / "dna" / "rollouts")
     return workdir
+
+
+def sampled(folder, groups=5):
+    """Two tables of rollouts: the first is not shown."""
+    folder.mkdir()
+    for step in (10, 20):
+        rows = [
+            {
+                "step": step,
+                "record": f"pair {i}",
+                "side": side,
+                "branch": g,
+                "prompt": prompt(),
+                "answer": "AB"[side == "counterfactual"],
+                "reply": f"<b>reply {g} of {step}" if g else "",
+                "reward": g / 2,
+                "advantage": None if i == 3 else g - 1.0,
+            }
+            for i in range(groups)
+            for side in ("real", "counterfactual")
+            for g in (2, 1, 0)
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"step-{step:06d}.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +170,18 @@ def test_collect_reads_what_was_written(workdir, found):
         assert total == pytest.approx(12 * written.overall.both.value)
     assert found.chance == (1 / 4, 1 / 16)
     assert not found.missing
+
+
+def test_what_was_sampled_is_shown(found, shown):
+    stage = found.stages[-1]
+    assert [p.step for p in stage.sampled] == [20] * 3 and not found.stages[0].sampled
+    assert [p.record for p in stage.sampled] == ["pair 3", "pair 2", "pair 4"]  # by crc32
+    first, second = stage.sampled[0].groups
+    assert (first.side, first.answer, second.answer) == ("real", "A", "B")
+    assert [(x.reward, x.advantage) for x in first.samples] == [(0, None), (0.5, None), (1, None)]
+    assert "What DNA sampled" in shown and "What SFT sampled" not in shown
+    assert "&lt;b&gt;reply 1 of 20" in shown and "reply 1 of 10" not in shown
+    assert "(an empty reply)" in shown and "not used" in shown and "+1.00" in shown
 
 
 def test_gallery_takes_turns_and_shows_the_clips(found):

@@ -37,8 +37,9 @@ RIGHT = "<think>it rises to the top</think> <answer>C</answer>"
 )
 def test_answer(text, well_formed, right, gated):
     additive = rewards.Answer(format_weight=0.5, correct_weight=2.0)
-    assert additive(Asked(), text) == (0.5 * well_formed + 2.0 * right, well_formed, right)
-    assert rewards.Answer(gated=True)(Asked(), text) == (well_formed + gated, well_formed, gated)
+    assert additive(Asked(), text)[:3] == (0.5 * well_formed + 2.0 * right, well_formed, right)
+    strict = rewards.Answer(gated=True)(Asked(), text)
+    assert strict[:3] == (well_formed + gated, well_formed, gated)
 
 
 def test_most_is_paid_for_the_right_answer_alone():
@@ -119,6 +120,13 @@ GRADES = [
     (rewards.Tracks(), TRACK, say("Ball<id1>frame1:[0,0,0,2]</id1>"), 0),  # no area
     (rewards.Tracks(), TRACK, say("It moves. " + TRACK.replace("Ball", "")), 0),
     (rewards.Tracks(), TRACK, say("Ball<id1>frame1:[0,0,2,2];frame1:[2,0,4,2]</id1>"), 0),
+    (rewards.Open(), "The red ball | a ball", say("A ball."), 1),
+    (rewards.Open(), "The red ball | a ball", say("ball"), 0),
+    (rewards.Open(), "The red ball | a ball", say("the red ball | a ball"), 0),
+    (rewards.Open(match="words"), "the red ball", say("the blue ball"), 2 / 3),
+    (rewards.Open(match="words", enough=0.6), "the red ball", say("the blue ball"), 1),
+    (rewards.Open(match="words"), "the red ball", say("ball " * 97 + "red the"), 2 * 3 / 102),
+    (rewards.Open(match="words"), "the red ball", say("a cube"), 0),
 ]
 
 
@@ -127,7 +135,7 @@ def test_grades_by_hand(reward, answer, reply, wanted):
     np.testing.assert_allclose(grade(reward, answer, reply), wanted, rtol=1e-6)
     paid = reward(Asked(options=(), answer=answer), reply)
     formed = float(answers.formatted(reply))
-    assert paid == pytest.approx((formed + wanted, formed, float(wanted == 1)))
+    assert paid[:3] == pytest.approx((formed + wanted, formed, float(wanted == 1)))
 
 
 EACH = [
@@ -139,7 +147,7 @@ EACH = [
 ]
 
 
-@pytest.mark.parametrize("reward, right", EACH)
+@pytest.mark.parametrize("reward, right", [*EACH, (rewards.Open(), "the red shape")])
 def test_tricks_earn_no_grade(reward, right):
     """Nothing, thoughts, several answers, look-alikes, quotes of the question, endless replies."""
     asked = f"Answer with {right} or not?"
@@ -172,3 +180,74 @@ def test_an_answer_that_a_reward_cannot_read_is_an_error(reward, right):
     assert gated(Asked(options=(), answer=right), say(right)).total == 1.5
     with pytest.raises(ValueError, match="0 <= tolerance < reach"):
         rewards.Seconds(tolerance=1.0)
+
+
+@pytest.mark.parametrize(
+    "answer, options, kind",
+    [
+        ("B", ("falls", "rises"), rewards.Answer),
+        ("yes", (), rewards.YesNo),
+        ("-3", (), rewards.Number),
+        ("1,200", (), rewards.Number),
+        ("0.5 s", (), rewards.Seconds),
+        ("0:05", (), rewards.Seconds),
+        ("1 - 2.5 s", (), rewards.Interval),
+        (TRACK, (), rewards.Tracks),
+        ("3 balls", (), rewards.Open),
+        ("nothing happens", (), rewards.Open),
+    ],
+)
+def test_by_answer_takes_the_fitting_reward(answer, options, kind):
+    reward = rewards.ByAnswer(format_weight=0.5, gated=True, seconds_tolerance=0.3)
+    asked = Asked(options=options, answer=answer)
+    assert type(reward.fitting(asked)) is kind
+    assert reward(asked, say(answer))[:3] == (1.5, 1.0, 1.0)
+    assert reward(asked, answer).total == 0
+    if kind is rewards.Seconds:
+        assert reward.fitting(asked).tolerance == 0.3
+
+
+def paid_by(tmp_path, body, **settings):
+    (tmp_path / "mine.py").write_text(f"def pay(record, completion):\n    return {body}\n")
+    rewards.loaded.cache_clear()
+    reward = rewards.Function(path=f"{tmp_path / 'mine.py'}:pay", **settings)
+    return reward(rewards.Case("r7", "q", "What?", (), "blue", 1, {"extra": 2}), say("blue"))
+
+
+def test_a_function_of_your_own(tmp_path):
+    plain = paid_by(tmp_path, "len(record.id) + record.side + record.meta['extra']")
+    assert plain.total == 5 and plain.format == 1 and np.isnan(plain.correct)
+    named = paid_by(
+        tmp_path,
+        "{'correct': record.answer in completion, 'short': 0.5, 'odd': -1}",
+        weights=(("short", 4.0),),
+    )
+    assert named[:3] == (2.0, 1.0, 1.0) and named.parts == {"short": 0.5, "odd": -1.0}
+
+
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        ("float('nan')", "its value = nan"),
+        ("'high'", "its value = 'high'"),
+        ("{}", "its value = {}"),
+        ("{'a': None}", "a = None"),
+        ("{'correct': 0.5}", "correct = 0.5; it is 0 or 1"),
+    ],
+)
+def test_what_a_function_may_not_return(tmp_path, body, words):
+    with pytest.raises(ValueError, match=words):
+        paid_by(tmp_path, body)
+
+
+def test_a_function_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="weights name \\['b'\\]; .* returned \\['a'\\]"):
+        paid_by(tmp_path, "{'a': 1}", weights=(("b", 1.0),))
+    for path, words in (
+        ("nowhere", "give package.module:function or file.py:function"),
+        ("no_such_package.rewards:pay", "No module named 'no_such_package'"),
+        (f"{tmp_path}/none.py:pay", "No such file"),
+        (f"{tmp_path / 'mine.py'}:play", "no function 'play' there; it has \\['pay'\\]"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            rewards.loaded(path)

@@ -190,7 +190,7 @@ def test_source_refuses_what_is_not_as_written(tmp_path):
         shards.Source(tmp_path, "train")
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"schema": 99}))
-    with pytest.raises(shards.ShardError, match="schema 99; .* schema 1"):
+    with pytest.raises(shards.ShardError, match="schema 99; .* schema 2"):
         shards.Source(tmp_path, "test")
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(shards.ShardError, match="is not JSON"):

@@ -251,17 +251,23 @@ class Chat:
             return _array([*between, *self._plain(text), *self._parsed(cut.middle)])
         return _array(self._after(cut.anchor, cut.between + text + cut.middle))
 
-    def response(self, text: str) -> Int[np.ndarray, "n"]:
-        """The reply with its closing token.
+    def response(
+        self, text: str, *, after: bool = False, ends: bool = True
+    ) -> Int[np.ndarray, "n"]:
+        """The reply with its closing token; without, where it goes on (`ends` False). `after`: it
+        goes on with `text`, which stands for itself and may start with white space.
 
         Raises ValueError for a reply that starts with white space: template and pieces would then
         be cut into different tokens.
         """
+        close = [self._close] if ends else []
+        if after:
+            return _array([*self._plain(text), *close])
         if text != text.lstrip():
             raise ValueError(f"the reply {text[:60]!r} starts with white space; strip it first")
         if self._quotes(text):
-            return _array([*self._plain(self._lead + text), self._close])
-        return _array([*self._after(self._opening, self._lead + text), self._close])
+            return _array([*self._plain(self._lead + text), *close])
+        return _array([*self._after(self._opening, self._lead + text), *close])
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text on its own."""

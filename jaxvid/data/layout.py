@@ -44,6 +44,7 @@ class Branch(NamedTuple):
     ref: Float[np.ndarray, "s"] | None = None
     sampled: Float[np.ndarray, "s"] | None = None
     parent: int = 0  # 1 + index, within the tree, of the branch it continues; 0 the prompt
+    across: int = 0  # which tree of its group has its mate, counted from its own: 0 its own
 
 
 class Clip(NamedTuple):
@@ -192,7 +193,7 @@ def _check_branches(tree: Tree) -> None:
             fault = f"{len(b.tokens)} tokens, {len(b.scored)} scored flags; give one flag a token"
         elif not 0 <= b.parent <= i:
             fault = f"parent {b.parent}; a parent comes before its branch, so at most {i}"
-        elif not 0 <= b.mate <= len(tree.branches) or b.mate == i + 1:
+        elif not b.across and (not 0 <= b.mate <= len(tree.branches) or b.mate == i + 1):
             fault = f"mate {b.mate}; it must be another branch, 1 to {len(tree.branches)}, or 0"
         for field, values in (("old", b.old), ("ref", b.ref), ("sampled", b.sampled)):
             if values is not None and len(values) != b.scored.sum():
@@ -226,6 +227,20 @@ def next_position(tree: Tree) -> int:
     after the clip.
     """
     return int(tree.positions[:, -1].max()) + 1
+
+
+def extend(tree: Tree, tokens: Ids) -> Tree:
+    """The tree whose prompt goes on with these tokens of text, such as the first steps of a reply:
+    what a branch of them would be, as a prompt to sample from. Its branches go on from there."""
+    n = len(tokens)
+    after = np.broadcast_to((next_position(tree) + np.arange(n))[None], (3, n))
+    grown = lambda x, more: np.concatenate([x, more], axis=-1).astype(np.int32)
+    return tree._replace(
+        prompt=grown(tree.prompt, tokens),
+        positions=grown(tree.positions, after),
+        seen=grown(tree.seen, np.zeros(n)),
+        heard=grown(tree.heard, np.zeros(n)),
+    )
 
 
 class Span(NamedTuple):
@@ -288,6 +303,7 @@ def pack(groups: Sequence[Sequence[Tree]], budget: Budget, *, shards: int = 1) -
         for t in group:
             _check_branches(t)
             check_fits(t, budget)
+        _check_across(group, budget)
     plan = assign([[size(t) for t in group] for group in groups], budget, shards=shards)
     first = next((t for group in groups for t in group), None)
     out = []
@@ -295,11 +311,34 @@ def pack(groups: Sequence[Sequence[Tree]], budget: Budget, *, shards: int = 1) -
         batch = empty(budget, first)
         used = [Size()] * budget.rows
         for g, rows in sorted(placed):
+            starts = []
             for t, row in zip(groups[g], rows):
-                _write(batch, row, used[row], t)
+                starts.append(used[row])
                 used[row] = used[row].plus(size(t))
+            for i, (t, row) in enumerate(zip(groups[g], rows)):
+                mates = [
+                    starts[i + b.across].branches + b.mate if b.mate else 0 for b in t.branches
+                ]
+                _write(batch, row, starts[i], t, mates)
         out.append(batch)
     return out
+
+
+def _check_across(group: Sequence[Tree], budget: Budget) -> None:
+    """Raise ValueError unless branches compared across trees exist and stand in one row."""
+    far = [(i, b) for i, t in enumerate(group) for b in t.branches if b.across]
+    for i, b in far:
+        at = i + b.across
+        if not 0 <= at < len(group) or not 1 <= b.mate <= len(group[at].branches):
+            raise ValueError(
+                f"record {group[i].name!r}: a branch names branch {b.mate} of tree {at} as its "
+                f"mate; its group has {[len(t.branches) for t in group]} branches in its trees"
+            )
+    if far:  # slots are a row's own, so what is compared shares a row
+        need = Size()
+        for t in group:
+            need = need.plus(size(t))
+        check_fits(group[far[0][0]], budget, need=need)
 
 
 def empty(budget: Budget, like: Tree | None) -> Batch:
@@ -329,8 +368,8 @@ def empty(budget: Budget, like: Tree | None) -> Batch:
     )
 
 
-def _write(batch: Batch, row: int, at: Size, tree: Tree) -> None:
-    """Write the tree into a row from `at` on."""
+def _write(batch: Batch, row: int, at: Size, tree: Tree, mates: Sequence[int] = ()) -> None:
+    """Write the tree into a row from `at` on; `mates` are its branches' slots of the row."""
     x, p, total = batch.tokens, len(tree.prompt), size(tree).tokens
     here = slice(at.tokens, at.tokens + p)
     x.tokens[row, here], x.positions[row, :, here] = tree.prompt, tree.positions
@@ -362,14 +401,14 @@ def _write(batch: Batch, row: int, at: Size, tree: Tree) -> None:
         for leaf, values in ((batch.old, b.old), (batch.ref, b.ref), (batch.sampled, b.sampled)):
             if values is not None:
                 leaf[row, s] = values
-        _write_column(batch.branches, row, column, b, at.branches)
+        _write_column(batch.branches, row, column, b, mates[i])
 
 
-def _write_column(table: Branches, row: int, column: int, b: Branch, first: int) -> None:
+def _write_column(table: Branches, row: int, column: int, b: Branch, mate: int) -> None:
     at = row, column
     table.record[at], table.pair[at], table.side[at] = b.record, b.pair, b.side
     table.branch[at], table.axis[at] = b.branch, b.axis
-    table.mate[at] = first + b.mate if b.mate else 0
+    table.mate[at] = mate
     table.weight[at], table.advantage[at], table.value[at] = b.weight, b.advantage, b.value
 
 
@@ -396,16 +435,21 @@ def _media_index(tree: Tree, at: Size, frames: tuple[int, int]) -> Int[np.ndarra
 
 def prompts(trees: Sequence[Tree], budget: Budget) -> tuple[TokenBatch, VisionBatch, AudioBatch]:
     """One prompt a row, in the order given, branches left out: what the sampler reads."""
+    batch = rows([t._replace(branches=()) for t in trees], budget)
+    return batch.tokens, batch.vision, batch.audio
+
+
+def rows(trees: Sequence[Tree], budget: Budget) -> Batch:
+    """One tree a row, in the order given; rows that are left over are padding."""
     if len(trees) > budget.rows:
         raise ValueError(
             f"{len(trees)} prompts for {budget.rows} rows; give at most {budget.rows} at a time"
         )
     batch = empty(budget, trees[0] if trees else None)
     for row, t in enumerate(trees):
-        bare = t._replace(branches=())
-        check_fits(bare, budget)
-        _write(batch, row, Size(), bare)
-    return batch.tokens, batch.vision, batch.audio
+        check_fits(t, budget)
+        _write(batch, row, Size(), t, [b.mate for b in t.branches])
+    return batch
 
 
 def stack(batches: Sequence[Batch], multiple: int = 0) -> Batch:

@@ -17,9 +17,10 @@ from absl import flags
 from jaxtyping import UInt8
 
 from jaxvid.batch import Batch
-from jaxvid.data import layout, media, records, shards, sound
+from jaxvid.data import layout, media, records, replies, shards, sound
 from jaxvid.data.chat import Chat
 from jaxvid.data.layout import Branch, Tree
+from jaxvid.data.sidecar import Numbers, Sidecar
 from jaxvid.prompting import Medium, Prompting
 
 SUPERVISED = ("sft", "choice", "caption")  # tasks whose `answer` responses are imitated
@@ -112,6 +113,7 @@ class Builder:
         None
     )
     context: int = 0  # most tokens of a prompt that the model can take; 0 is not known
+    sidecar: Sidecar | Numbers | None = None  # the reference's log-probs
 
     def __call__(self, record: records.Record, rng: np.random.Generator) -> list[Tree]:
         """The trees to train on: one per clip and, where supervised and preference mix, per task.
@@ -120,18 +122,24 @@ class Builder:
         """
         blank = bool(rng.random() < self.data.blank)
         keys = rng.random(len(record.examples))  # the same questions on both sides of a pair
+        used = [e for e in record.examples if e.task in self.data.tasks]
+        compared = [e for e in used if e.task == "preference"]
+        asked = {
+            side: self._drawn([e for e in used if e.media == side and e.task in SUPERVISED], keys)
+            for side in range(-1, len(record.media))
+        }
+        needed = sorted({s for s, es in asked.items() if es} | {*replies.clips_of(compared)})
+        clips = {side: self._clip(record, side, blank) for side in needed}
+        kinds = {side: clip.kinds for side, clip in clips.items()}
         trees = []
-        for side in range(-1, len(record.media)):
-            here = [e for e in record.examples if e.media == side and e.task in self.data.tasks]
-            asked = [e for e in here if e.task in SUPERVISED]
-            asked = self._drawn(asked, keys)
-            compared = [e for e in here if e.task == "preference"]
-            if asked or compared:
-                clip = self._clip(record, side, blank)
-            if asked:
-                trees.append(self._supervised(record, asked, clip))
-            if compared:
-                trees.append(self._preference(record, compared, clip))
+        for side in (side for side in needed if asked[side]):
+            branches = replies.supervised(asked[side], self.chat, kinds[side], max(side, 0))
+            trees.append(self.tree(record.id, clips[side], None, branches))
+        for side, found in replies.preferences(compared, self.chat, kinds).items():
+            tree = self.tree(record.id, clips[side], found.question, found.branches)
+            if self.sidecar is not None:
+                tree = self.sidecar.attach(tree, record.media[side].data if side >= 0 else b"")
+            trees.append(tree)
         if not trees:
             found = sorted({e.task for e in record.examples})
             raise ValueError(
@@ -263,71 +271,6 @@ class Builder:
             branches=branches,
         )
 
-    def _supervised(self, record: records.Record, asked: list, clip: "Clip") -> Tree:
-        """Prompt: the clip. Branches: each question with its answer; the answer is scored.
-
-        A question with several answers is an unscored branch, and its answers continue it.
-        """
-        branches: list[Branch] = []
-        side = max(clip.side, 0)
-        for e in asked:
-            question = self.chat.suffix(e.prompt, clip.kinds)
-            none = np.zeros(len(question), bool)
-            answers = [self.chat.response(r.text) for r in e.responses if r.role == "answer"]
-            parent = 0
-            if len(answers) > 1:
-                branches.append(Branch(question, none, side=side, weight=0.0))
-                parent = len(branches)
-            for reply in answers:
-                scored = np.ones(len(reply), bool)
-                branches.append(
-                    Branch(
-                        reply if parent else np.concatenate([question, reply]),
-                        scored if parent else np.concatenate([none, scored]),
-                        side=side,
-                        branch=len(branches),
-                        weight=e.weight,
-                        parent=parent,
-                    )
-                )
-        return self.tree(record.id, clip, None, tuple(branches))
-
-    def _preference(self, record: records.Record, compared: list, clip: "Clip") -> Tree:
-        """Branches: the chosen and the rejected replies, which name the chosen one as mate.
-
-        One question ends the prompt. Of several, each is an unscored branch of the clip, and its
-        replies continue it.
-        """
-        branches: list[Branch] = []
-        side, several = max(clip.side, 0), len(compared) > 1
-        for e in compared:
-            parent = 0
-            if several:
-                question = self.chat.suffix(e.prompt, clip.kinds)
-                none = np.zeros(len(question), bool)
-                branches.append(Branch(question, none, side=side, weight=0.0))
-                parent = len(branches)
-            replies = [r for r in e.responses if r.role in ("chosen", "rejected")]
-            replies.sort(key=lambda r: r.role)  # the chosen one first
-            chosen = len(branches) + 1
-            for r in replies:
-                tokens = self.chat.response(r.text)
-                branches.append(
-                    Branch(
-                        tokens,
-                        np.ones(len(tokens), bool),
-                        side=side,
-                        branch=len(branches),
-                        mate=chosen if r.role == "rejected" else 0,
-                        axis=records.AXES.index(r.axis),
-                        weight=e.weight,
-                        value=float(r.role == "chosen"),
-                        parent=parent,
-                    )
-                )
-        question = None if several else compared[0].prompt
-        return self.tree(record.id, clip, question, tuple(branches))
-
 
 class Clip(NamedTuple):
     """A decoded clip, ready for a tree; without medium, none."""
@@ -455,7 +398,7 @@ def prompts(
     A record met again asks one of its questions drawn anew.
     """
     drawn = _mixture(data, seed, None).slice(slice(process, None, processes))
-    return _iterate(drawn.map(_Ask(builder)), data.workers)
+    return _iterate(drawn.map(_Ask(builder)), data.workers, ahead=data.pairs)
 
 
 def questions(data: Data, builder: Builder) -> Iterator[Prompts]:
@@ -474,9 +417,10 @@ def probes(data: Data, builder: Builder) -> Iterator[Prompts]:
             yield from builder.alone(source[i])
 
 
-def _iterate(dataset: grain.MapDataset, workers: int) -> grain.IterDataset:
-    # Elements are whole batches: a deep buffer would be many copies of a large array.
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+def _iterate(dataset: grain.MapDataset, workers: int, *, ahead: int = 2) -> grain.IterDataset:
+    """Elements are made `ahead` of their use. Where they are whole batches, a deep buffer would be
+    many copies of a large array."""
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=max(ahead, 2))
     out = dataset.to_iter_dataset(options)
     if not workers:
         return out

@@ -14,11 +14,12 @@ from google.protobuf.message import DecodeError
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.core.features import FeaturesDict, Sequence, Text
 
-SCHEMA = 1
+SCHEMA = 2
 MEDIA_KINDS = ("video", "image", "audio")
 TASKS = ("sft", "choice", "caption", "preference", "policy")  # choice: SFT on an option list
 ROLES = ("answer", "chosen", "rejected")
 AXES = ("", "spatial", "temporal", "crossframe")  # index = Branches.axis in batch.py
+SAME = -2  # Response.media: the clip of the reply's own example
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,16 +34,28 @@ class Media:
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """A reply to an example's prompt; `axis` says which way a rejected one is wrong."""
+    """A reply to an example's prompt; `axis` says which way a rejected one is wrong.
+
+    `value` is the chance, in [0, 1], that what is said up to its end leads to the right answer;
+    None is 1 for a chosen reply and 0 for a rejected one. A rejected reply may be about another
+    clip than its example's (`media`): the same words are then wrong there. A step of a longer reply
+    does not end it: `ends` is False, and no closing token follows.
+    """
 
     text: str
     role: str = "answer"  # one of ROLES
     axis: str = ""  # one of AXES
+    value: float | None = None
+    media: int = SAME  # index into Record.media
+    ends: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One prompt on one clip: `prompt` is the text after the video, options shown in it."""
+    """One prompt on one clip: `prompt` is the text after the video, options shown in it.
+
+    `prefix` is what the reply has said before its responses (steps before the one in question).
+    """
 
     name: str  # unique in its record
     task: str  # one of TASKS
@@ -52,6 +65,7 @@ class Example:
     answer: str = ""  # the truth: a letter where there are options, else text
     responses: tuple[Response, ...] = ()
     weight: float = 1.0
+    prefix: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +143,17 @@ def _example_faults(example: Example, media: int) -> list[str]:
             bad.append(f"response {i}: role {r.role!r}, want one of {ROLES}")
         if r.axis not in AXES:
             bad.append(f"response {i}: axis {r.axis!r}, want one of {AXES}")
+        if r.value is not None and not 0 <= r.value <= 1:
+            bad.append(f"response {i}: value {r.value}, want a share between 0 and 1, or None")
+        if r.media != SAME and (r.role != "rejected" or not -1 <= r.media < media):
+            bad.append(
+                f"response {i}: {r.role}, on media {r.media}; a rejected one may be on another of "
+                f"the record's {media} (-1 is text alone), others are on their example's ({SAME})"
+            )
+        if example.task != "preference" and (r.value is not None or not r.ends):
+            bad.append(f"response {i}: value and ends are of preferences; this is {example.task}")
+    if example.prefix and example.task != "preference":
+        bad.append(f"a prefix is of preferences; this is {example.task}")
     roles = [r.role for r in example.responses]
     if example.task == "preference" and (roles.count("chosen") != 1 or "rejected" not in roles):
         bad.append(f"a preference wants one chosen and some rejected responses; roles are {roles}")
@@ -165,11 +190,20 @@ FEATURES = FeaturesDict(
                 "prompt": Text(),
                 "answer": Text(),
                 "weight": np.float32,
+                "prefix": Text(),
             }
         ),
         "options": Sequence({"example": np.int32, "text": Text()}),
         "responses": Sequence(
-            {"example": np.int32, "text": Text(), "role": Text(), "axis": Text()}
+            {
+                "example": np.int32,
+                "text": Text(),
+                "role": Text(),
+                "axis": Text(),
+                "value": np.float32,  # NaN is None
+                "media": np.int32,
+                "ends": np.int32,
+            }
         ),
     }
 )
@@ -180,7 +214,11 @@ def serialise(record: Record) -> bytes:
     """The record as a `tf.train.Example`; equal records give equal bytes."""
     examples = [dataclasses.asdict(e) for e in record.examples]
     options = [{"example": i, "text": o} for i, e in enumerate(examples) for o in e.pop("options")]
-    responses = [r | {"example": i} for i, e in enumerate(examples) for r in e.pop("responses")]
+    responses = [
+        r | {"example": i, "value": np.nan if r["value"] is None else r["value"]}
+        for i, e in enumerate(examples)
+        for r in e.pop("responses")
+    ]
     tables = {
         "media": [dataclasses.asdict(m) for m in record.media],
         "examples": examples,
@@ -219,7 +257,8 @@ def parse(data: bytes) -> Record:
         options.setdefault(r.pop("example"), []).append(r["text"])
     responses: dict[int, list[Response]] = {}
     for r in _rows(row["responses"]):
-        responses.setdefault(r.pop("example"), []).append(Response(**r))
+        told = {"ends": bool(r["ends"]), "value": None if np.isnan(r["value"]) else r["value"]}
+        responses.setdefault(r.pop("example"), []).append(Response(**r | told))
     return Record(
         id=_text(row["id"]),
         split=_text(row["split"]),

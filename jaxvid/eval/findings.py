@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 
 from jaxvid.eval.charts import percent
 from jaxvid.eval.metrics import Interval, PairMetrics
+from jaxvid.eval.sampled import Sampled
 
 SIDES = ("Real", "Counterfactual")
 NAMES = {"base": "Base", "sft": "SFT", "dpo": "DPO", "dna": "DNA"}  # others as they are
@@ -38,6 +39,7 @@ class Stage(NamedTuple):
     results: Evaluation | None = None  # None: not evaluated
     controls: dict[str, Evaluation] = {}  # by name: blank, shuffled
     curve: tuple[Row, ...] = ()
+    sampled: tuple[Sampled, ...] = ()  # of a policy run
 
 
 class Reply(NamedTuple):

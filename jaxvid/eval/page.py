@@ -34,6 +34,7 @@ from jaxvid.eval.findings import (
 )
 from jaxvid.eval.markup import Markup, el, join
 from jaxvid.eval.metrics import Interval, PairMetrics
+from jaxvid.eval.sampled import cards
 
 
 def page(report: Report) -> str:
@@ -45,6 +46,7 @@ def page(report: Report) -> str:
         _categories(evaluated),
         _training(report.stages),
         _duality(report.stages),
+        *(_sampled(stage) for stage in report.stages if stage.sampled),
         _gallery(report),
         _settings(report),
     ]
@@ -275,24 +277,24 @@ DUALITY = (
         "Signal S",
         "Sum of absolute advantages of a group, before balancing.",
         (
-            ("duality/signal_real", "real", "ink"),
-            ("duality/signal_counterfactual", "counterfact.", "accent"),
+            ("pair/S_real", "real", "ink"),
+            ("pair/S_cf", "counterfact.", "accent"),
         ),
     ),
     Panel(
         "Scale \N{GREEK SMALL LETTER ALPHA}",
         "What each side's advantages are multiplied by, so that both weigh the same.",
         (
-            ("duality/alpha_real", "real", "ink"),
-            ("duality/alpha_counterfactual", "counterfact.", "accent"),
+            ("pair/alpha_real", "real", "ink"),
+            ("pair/alpha_cf", "counterfact.", "accent"),
         ),
     ),
     Panel(
         "Dead groups",
         "Percent of groups, of the pairs kept, whose replies all earned the same.",
         (
-            ("duality/dead_real", "real", "ink"),
-            ("duality/dead_counterfactual", "counterfact.", "accent"),
+            ("pair/dead_real", "real", "ink"),
+            ("pair/dead_cf", "counterfact.", "accent"),
         ),
         True,
     ),
@@ -361,6 +363,14 @@ def _curve(stage: Stage, panel: Panel, title: str) -> Markup:
 def _panel(title: str, chart: Markup, note: str = "") -> Markup:
     caption = el("figcaption", {}, el("h3", {}, title), el("p", {}, note) if note else "")
     return el("figure", {"class": "panel"}, caption, chart)
+
+
+def _sampled(stage: Stage) -> Markup:
+    note = (
+        "Replies of a training update, in their groups. Drawn by the names of the pairs, not by "
+        "result."
+    )
+    return _section(f"What {name(stage.name)} sampled", note, *cards(stage.sampled))
 
 
 # Gallery ----------------------------------------------------------------------------------------

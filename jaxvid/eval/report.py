@@ -2,6 +2,7 @@
 
     WORKDIR/shards                                      the records, for clips and held-out marks
     WORKDIR/<stage>/metrics.jsonl, config.json          the training log, and its settings
+    WORKDIR/<stage>/rollouts/                           tables of what a policy run sampled
     WORKDIR/<stage>/eval/{none,blank,shuffled}/         results.json and predictions.jsonl
 
 for the stages base, sft, dpo and dna. What is not there is left out of the page, which says so.
@@ -17,7 +18,7 @@ from typing import Any
 
 from jaxvid.data import media, shards
 from jaxvid.data.records import Record
-from jaxvid.eval import metrics, page, run
+from jaxvid.eval import metrics, page, run, sampled
 from jaxvid.eval.findings import Evaluation, Gain, Item, Reply, Report, Row, Stage, name
 from jaxvid.eval.metrics import Interval, PairMetrics
 from jaxvid.eval.run import Prediction
@@ -25,6 +26,7 @@ from jaxvid.eval.run import Prediction
 STAGES = ("base", "sft", "dpo", "dna")
 STARTS = {"sft": "base", "dpo": "sft", "dna": "sft"}
 CONTROLS = ("blank", "shuffled")
+SAMPLED = 3  # pairs of a table of rollouts
 FRAMES, PIXELS = 8, 96 * 96  # of a gallery clip: enough to see, and 12 pairs stay under 1 MB
 
 
@@ -80,6 +82,7 @@ class _Run:
 
     def __init__(self, folder: pathlib.Path):
         self.stage, self.curve = folder.name, _lines(folder / "metrics.jsonl")
+        self.sampled = sampled.read(folder / "rollouts", SAMPLED)
         self.results: dict[str, dict[str, Any]] = {}
         for control in ("none", *CONTROLS):
             path = folder / "eval" / control / "results.json"
@@ -122,7 +125,7 @@ class _Run:
         own = found.pop("none", None)
         if own is not None and held_out and self.predictions:
             own = own._replace(groups=_groups(self.predictions, held_out))
-        return Stage(self.stage, own, found, tuple(self.curve))
+        return Stage(self.stage, own, found, tuple(self.curve), self.sampled)
 
 
 def _lines(path: pathlib.Path) -> list[Row]:

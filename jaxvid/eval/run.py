@@ -1,4 +1,5 @@
-"""Evaluate a model on pairs: one greedy reply to each side, graded by the strict reader.
+"""Evaluate a model on pairs: one greedy reply to each side, graded by the strict reader, and, where
+asked for, several sampled ones of which `votes` makes one answer.
 
 Writes `predictions.jsonl` (a line per reply) and `results.json` (metrics with intervals, and every
 setting that could move them). Controls tell what a score is made of:
@@ -27,7 +28,7 @@ from jaxtyping import Bool, UInt8
 
 from jaxvid import answers
 from jaxvid.data import pipeline
-from jaxvid.eval import metrics
+from jaxvid.eval import metrics, votes
 from jaxvid.rollout import sampler
 
 SIDES = ("real", "counterfactual")
@@ -37,7 +38,7 @@ READER = "jaxvid.answers, strict"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to ask. Replies are greedy."""
+    """How to ask. The main reply is greedy; `samples` further ones are drawn if above 0."""
 
     control: Literal["none", "blank", "shuffled"] = "none"
     max_tokens: int = 64
@@ -45,12 +46,20 @@ class Settings:
     seed: int = 0  # of the shuffled control and of the intervals
     limit: int = 0  # only the first so many pairs; 0 is all
     category: str = "category"  # key of a record's `meta` to report by
+    samples: int = 0  # N of Major@N and best of N
+    temperature: float = 1.0  # of the samples
+    top_p: float = 1.0
 
     def __post_init__(self):
         if self.control not in ("none", "blank", "shuffled"):
             raise ValueError(f"control {self.control!r}; choose none, blank or shuffled")
         if self.rows < 2 or self.limit < 0:
             raise ValueError(f"rows {self.rows}, limit {self.limit}; want at least 2 and 0")
+        if self.samples < 0 or self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"samples {self.samples}, temperature {self.temperature}, top_p {self.top_p}; want "
+                "at least 0, above 0, and in (0, 1]. The main reply is greedy whatever they are"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +110,7 @@ class Prediction(NamedTuple):
     formatted: bool
     tokens: int
     ended: bool  # by a stop token, not by max_tokens
+    samples: tuple[votes.Sample, ...] = ()  # further replies, drawn; in the file only if there
 
 
 class Results(NamedTuple):
@@ -110,6 +120,7 @@ class Results(NamedTuple):
     ended: float
     mean_tokens: float
     predictions: list[Prediction]  # real, counterfactual, real, ...
+    votes: dict[str, metrics.PairMetrics]  # by `votes.CHOICES`; empty without samples
 
 
 def evaluate(
@@ -180,6 +191,20 @@ def _ask(
         mesh=mesh,
     )
     asked = [(i, q.record, e) for i, q in pairs for e in q.examples]
+    drawn: list[tuple[votes.Sample, ...]] = [()] * len(asked)
+    if settings.samples:
+        sampling = sampler.Sampling(settings.max_tokens, settings.temperature, settings.top_p)
+        drawn = votes.draw(
+            model,
+            [(f"{record.id}\0{e.name}\0{e.media}", e) for _, record, e in asked],
+            trees,
+            builder.chat,
+            sampling,
+            count=settings.samples,
+            seed=settings.seed,
+            rows=settings.rows,
+            mesh=mesh,
+        )
     found = []
     for row, (index, record, e) in enumerate(asked):
         tokens = int(out.length[row, 0])
@@ -199,6 +224,7 @@ def _ask(
                 formatted=answers.formatted(reply),
                 tokens=tokens,
                 ended=bool(out.ended[row, 0]),
+                samples=drawn[row],
             )
         )
     return found
@@ -216,6 +242,9 @@ def grade(predictions: list[Prediction], *, seed: int = 0) -> Results:
         sum(p.ended for p in predictions) / n,
         sum(p.tokens for p in predictions) / n,
         predictions,
+        votes.score([p.samples for p in predictions], seed=seed)
+        if any(p.samples for p in predictions)
+        else {},
     )
 
 
@@ -271,6 +300,8 @@ def write(
         "mean_tokens": results.mean_tokens,
         "interval": f"{metrics.LEVEL:.0%}, bootstrap over pairs, {metrics.RESAMPLES} draws",
     }
+    if results.votes:
+        scores["votes"] = {name: plain(m) for name, m in results.votes.items()}
     write_files(folder, results.predictions, scores, builder, settings, about)
 
 
@@ -284,7 +315,7 @@ def write_files(
 ) -> None:
     """What every kind of evaluation writes: a line per reply, its scores, and how it was made."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(p._asdict(), ensure_ascii=False) for p in predictions]
+    lines = [json.dumps(_line(p), ensure_ascii=False) for p in predictions]
     _replace(folder / "predictions.jsonl", "\n".join(lines) + "\n")
     content = scores | {
         "reader": READER,
@@ -299,11 +330,22 @@ def write_files(
     _replace(folder / "results.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+def _line(prediction: Any) -> dict[str, Any]:
+    """A prediction as JSON; samples are there only where some were drawn."""
+    line = prediction._asdict()
+    samples = line.pop("samples", ())
+    return line | ({"samples": [s._asdict() for s in samples]} if samples else {})
+
+
 def load(folder: pathlib.Path) -> list[Prediction]:
     """The predictions that `write` left in a folder."""
     text = (folder / "predictions.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
-    return [Prediction(**row | {"options": tuple(row["options"])}) for row in rows]
+    kept = lambda row: {
+        "options": tuple(row["options"]),
+        "samples": tuple(votes.Sample(**s) for s in row.get("samples", ())),
+    }
+    return [Prediction(**row | kept(row)) for row in rows]
 
 
 def compare(

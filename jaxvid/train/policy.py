@@ -1,71 +1,46 @@
 """The policy loop: sample replies to both videos of a pair, pay them, weigh them, learn.
 
 One update of `loop.train`, on `pairs` questions (a question is asked of both videos):
-  1. sample G replies to each of the two prompts with the present parameters;
-  2. pay them (`rewards`; what a pair earns together: ops.duality), and drop pairs without signal,
-     asking further questions in their place at most `max_refills` times; the two sides of a pair
-     stay or go together;
-  3. advantages over [pairs, 2, G], both sides of a pair in one computation;
-  4. lay out prompt and replies as trees, a pair in one micro-batch;
-  5. if several steps follow, or steps with dropout, log-probs at the start of the update, by the
-     trainer's own scoring;
-  6. `updates` steps on the same batch.
+  1. sample G replies to each of the two prompts with the present parameters, pay them (`rewards`;
+     what a pair earns together: ops.duality), and drop pairs without signal, asking further
+     questions in their place at most `max_refills` times; the two sides of a pair stay or go
+     together (groups.py);
+  2. advantages over [pairs, 2, G], both sides of a pair in one computation;
+  3. lay out prompt and replies as trees, a pair in one micro-batch;
+  4. if several steps follow, or steps with dropout, log-probs at the start of the update, by the
+     trainer's own scoring, and the reference's where there is a KL term;
+  5. `updates` times over the rollout, each cut into `minibatches` optimizer steps in a drawn order.
 
+GRPO, DAPO, Dr.GRPO, GSPO, CISPO and DNA-Train are settings of this one path: an advantage function
+(objectives.advantages), a loss with its aggregation (objectives.policy), a filter.
 Everything drawn comes from (seed, step, record, question, side), so a resumed run samples what the
-run would have sampled. Left out: several processes, minibatches of one rollout.
+run would have sampled. Left out: several processes.
 """
 
-import dataclasses
+import pathlib
 import time
-import zlib
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Bool
 
 from jaxvid import rewards
+from jaxvid.batch import Batch
 from jaxvid.data import layout
 from jaxvid.data.chat import Chat
 from jaxvid.data.pipeline import Prompts
-from jaxvid.ops.duality import Advantages, pair_reward
+from jaxvid.ops.duality import Advantages
 from jaxvid.rollout import sampler
-from jaxvid.train import loop
+from jaxvid.train import groups, loop, table, telling
+from jaxvid.train.groups import Replies, Settings
 from jaxvid.train.state import TrainState
 
-SIDES = ("real", "counterfactual")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How replies are drawn, paid and filtered."""
-
-    group: int = 8  # replies to each prompt
-    sampling: sampler.Sampling = sampler.Sampling(max_tokens=256)
-    pair_filter: Literal["any", "both", "none"] = "any"  # which sides of a pair must carry signal
-    filter_on: Literal["accuracy", "reward"] = "accuracy"  # what the signal is judged on
-    max_refills: int = 3  # further draws of questions to replace the pairs filtered out
-    updates: int = 1  # steps on one rollout
-    mask_truncated: bool = False  # leave replies that hit max_tokens out of group and loss
-    overlong: rewards.Overlong = rewards.Overlong()
-    pair_reward: float = 0.0  # to both replies i of a pair where both are right (FADE); 0 is off
-    rows: int = 0  # prompts sampled at a time; 0 is all of an update
-
-    def __post_init__(self):
-        if self.sampling.temperature <= 0:
-            raise ValueError(
-                "sampling.temperature is 0 (greedy): a group of equal replies carries no signal. "
-                "Set it above 0; the usual value is 1."
-            )
-        if self.group < 2 or self.updates < 1 or self.max_refills < 0 or self.rows < 0:
-            raise ValueError(
-                f"group {self.group}, updates {self.updates}, max_refills {self.max_refills}, rows "
-                f"{self.rows}: wanted are at least 2, 1, 0 and 0"
-            )
+COUNTS = ("updates", "dead", "faults")
 
 
 class Parts(NamedTuple):
@@ -83,55 +58,31 @@ class Parts(NamedTuple):
     mesh: Mesh
     reference: loop.Reference | None = None  # for objectives with a KL term
     dropout: bool = False  # whether steps drop: `old` is then scored apart, without
+    workdir: pathlib.Path | None = None  # where tables of rollouts and faults go
+    engine: sampler.Engine | None = None  # what draws in place of the model in this process
+
+    @property
+    def draw(self) -> groups.Draw:
+        return groups.Draw(*(getattr(self, name) for name in groups.Draw._fields))
 
 
 class Questions:
-    """A stream of lists of `pairs` questions. Its place is that of the stream it reads."""
+    """A stream of lists of `pairs` questions. Its place is that of the stream it reads, with the
+    counts of the loop: updates made, updates in a row without signal, groups lost to faults."""
 
     def __init__(self, stream: loop.Stream, pairs: int):
         self.stream, self.pairs = stream, pairs
+        self.counts = dict.fromkeys(COUNTS, 0)
 
     def __next__(self) -> list[Prompts]:
         return [next(self.stream) for _ in range(self.pairs)]
 
     def get_state(self) -> Any:
-        return self.stream.get_state()
+        return {"stream": self.stream.get_state(), "counts": dict(self.counts)}
 
     def set_state(self, state: Any) -> None:
-        self.stream.set_state(state)
-
-
-class Replies(NamedTuple):
-    """The replies to some questions and what they earned. Side 0 is real, 1 counterfactual.
-
-    A question asked of one video alone leaves the other side's `asked` False.
-    """
-
-    questions: list[Prompts]
-    tokens: np.ndarray  # [pairs, 2, G, R]
-    logp: Float[np.ndarray, "pairs 2 G R"]  # the sampler's
-    length: np.ndarray  # [pairs, 2, G]
-    ended: Bool[np.ndarray, "pairs 2 G"]
-    texts: list[list[list[str]]]  # of pair, side, branch
-    total: Float[np.ndarray, "pairs 2 G"]  # each by itself; `paid` adds the pair's
-    format: Float[np.ndarray, "pairs 2 G"]
-    correct: Float[np.ndarray, "pairs 2 G"]
-    asked: Bool[np.ndarray, "pairs 2"]
-
-    def take(self, which: Sequence[int] | Int[np.ndarray, "n"]) -> "Replies":
-        rows = list(which)
-        lists = {name: [getattr(self, name)[i] for i in rows] for name in ("questions", "texts")}
-        arrays = {n: getattr(self, n)[rows] for n in self._fields if n not in lists}
-        return Replies(**lists, **arrays)
-
-
-def join(parts: Sequence[Replies]) -> Replies:
-    """Several as one, in order."""
-    joined = []
-    for field in zip(*parts):
-        lists = isinstance(field[0], list)
-        joined.append([x for part in field for x in part] if lists else np.concatenate(field))
-    return Replies(*joined)
+        self.stream.set_state(state["stream"])
+        self.counts = dict(state["counts"])
 
 
 def make_update(parts: Parts, seed: int) -> loop.Update:
@@ -141,237 +92,153 @@ def make_update(parts: Parts, seed: int) -> loop.Update:
             f"the policy loop runs in one process and there are {jax.process_count()}; start it on "
             f"one host, with as many devices as that has"
         )
-    settings, shards = parts.settings, sampler.data_shards(parts.mesh)
+    settings = parts.settings
 
     def update(state: TrainState, questions: list[Prompts]):
-        clock = _Clock()
+        parts.stream.counts["updates"] += 1
+        n, clock = parts.stream.counts["updates"], _Clock()
         model = nnx.merge(parts.graph, state.weights)
-        key = jax.random.fold_in(jax.random.key(seed), int(state.step))
-        seen, kept = collect(model, questions, key, parts)
-        metrics = reply_metrics(seen, settings)
-        metrics["rollout/kept"] = len(kept.questions) / len(seen.questions)
-        metrics["rollout/refills"] = len(seen.questions) / len(questions) - 1
-        clock.lap("time/rollout")
-        if not kept.questions:
-            return state, metrics | _nothing(state)
-        valid = validity(kept, settings)
-        found = jax.device_get(
-            parts.advantages(kept.total, valid, kept.correct > 0, settings.pair_reward)
-        )
-        groups = trees(kept, found.advantage, valid)
-        batch = layout.stack(layout.pack(groups, parts.budget, shards=shards))
-        batch = loop.place(batch, parts.mesh)
-        if settings.updates == 1 and not parts.dropout:  # the step itself scores at its start
-            batch = batch._replace(old=jnp.full_like(batch.old, jnp.nan))
+        key = jax.random.fold_in(jax.random.key(seed), n)
+        more = lambda: next(parts.stream)
+        drawn = groups.collect(model, questions, key, parts.draw, more)
+        clock.add(drawn.seconds)
+        kept = drawn.seen.take(drawn.kept)
+        valid = groups.validity(kept, settings)
+        found = _advantages(parts, kept, valid)
+        metrics = telling.replies(drawn.seen, settings) | telling.pairs(found, valid)
+        metrics["rollout/kept"] = len(drawn.kept) / len(drawn.seen.questions)
+        metrics["rollout/refills"] = float(drawn.refills)
+        _record(parts, n, drawn, found)
+        _count(parts, drawn.seen, found, metrics)
+        if len(drawn.kept):
+            trees = groups.trees(kept, found.advantage, valid)
+            steps = _steps(parts, state, trees, seed, clock)
+            laps = []
+            for batch in steps:
+                state, values = parts.train_step(state, batch)
+                laps.append(jax.device_get(values))
+                clock.lap("update")
+            metrics |= _over_laps(laps)
         else:
-            batch = batch._replace(old=parts.score(state.weights, batch).logp)
-        if parts.reference is not None:
-            batch = batch._replace(ref=parts.reference(state, batch))
-        laps = []
-        for _ in range(settings.updates):
-            state, values = parts.train_step(state, batch)
-            laps.append(values)
-        metrics |= duality_metrics(found) | _over_laps(jax.device_get(laps))
-        clock.lap("time/update")
-        return state, metrics | clock.laps
+            metrics |= _nothing(state)
+        tokens = drawn.seen.length.sum() / max(drawn.seconds["rollout"], 1e-9)
+        return state, metrics | clock.times() | {"perf/rollout_tokens_per_second": float(tokens)}
 
     return update
 
 
-def collect(
-    model: nnx.Module,
-    questions: list[Prompts],
-    key: Key[Array, ""],
-    parts: Parts,
-) -> tuple[Replies, Replies]:
-    """(all replies sampled, those of the pairs kept): at most as many pairs as `questions`.
+def _advantages(parts: Parts, kept: Replies, valid: Bool[np.ndarray, "n 2 G"]) -> Advantages:
+    """Of the pairs kept, on the host."""
+    if not len(valid):  # nothing to compute
+        sides = np.zeros((0, 2), np.float32)
+        return Advantages(np.zeros(valid.shape, np.float32), sides, sides, sides > 0)
+    correct = np.nan_to_num(kept.correct) > 0
+    weight = parts.settings.pair_reward
+    return jax.device_get(parts.advantages(kept.total, valid, correct, weight))
 
-    Pairs without signal are replaced from the stream; after `max_refills` the batch stays short.
+
+def _steps(
+    parts: Parts, state: TrainState, trees: list[list[layout.Tree]], seed: int, clock: "_Clock"
+) -> Iterator[Batch]:
+    """The batches of an update's optimizer steps, in order, with `old` and `ref` in them.
+
+    All log-probs are of the state given: they are computed before the first batch is handed out.
     """
-    settings, wanted, seen, kept = parts.settings, len(questions), [], []
-    for refill in range(settings.max_refills + 1):
-        if refill:
-            questions = next(parts.stream)
-        replies = sample(model, questions, jax.random.fold_in(key, refill), parts)
-        seen.append(replies)
-        kept.append(replies.take(np.flatnonzero(survivors(replies, settings))))
-        if sum(len(k.questions) for k in kept) >= wanted:
-            break
-    every = join(kept)
-    return join(seen), every.take(range(min(wanted, len(every.questions))))
+    settings, several = parts.settings, min(parts.settings.minibatches, len(trees))
+    whole = _batch(parts, trees)
+    clock.lap("layout")
+    if settings.updates * several == 1 and not parts.dropout:  # the step itself scores at its start
+        whole = whole._replace(old=jnp.full_like(whole.old, jnp.nan))
+    else:
+        whole = whole._replace(old=parts.score(state.weights, whole).logp)
+    if parts.reference is not None:
+        whole = whole._replace(ref=parts.reference(state, whole))
+    clock.lap("score")
+    if several == 1:
+        for _ in range(settings.updates):
+            yield whole
+        return
+    trees = _scored(trees, jax.device_get(whole))
+    step = int(state.step)
+    for lap in range(settings.updates):
+        order = np.random.default_rng((seed, step, lap)).permutation(len(trees))
+        for part in np.array_split(order, several):
+            batch = _batch(parts, [trees[i] for i in sorted(part)])
+            clock.lap("layout")
+            yield batch
 
 
-def sample(
-    model: nnx.Module,
-    questions: list[Prompts],
-    key: Key[Array, ""],
-    parts: Parts,
-) -> Replies:
-    """Draw and pay the replies to both videos of each question."""
-    settings = parts.settings
-    places = [(i, e.media) for i, q in enumerate(questions) for e in q.examples]
-    for i, side in places:
-        if side not in (0, 1):
-            raise ValueError(
-                f"record {questions[i].record.id!r} asks a policy question of media {side}; a pair "
-                f"has media 0 (real) and 1 (counterfactual)"
-            )
-    asked = [(q.record.id, t, e) for q in questions for t, e in zip(q.trees, q.examples)]
-    names = [zlib.crc32(f"{name}\0{e.name}\0{e.media}".encode()) for name, _, e in asked]
-    out = sampler.generate_all(
-        model,
-        [t for _, t, _ in asked],
-        parts.chat,
-        settings.sampling,
-        group=settings.group,
-        keys=jax.vmap(lambda n: jax.random.fold_in(key, n))(jnp.asarray(names, jnp.uint32)),
-        rows=settings.rows,
-        mesh=parts.mesh,
-    )
-    at = tuple(np.array(places).T)
-
-    def sides(values: np.ndarray) -> np.ndarray:  # [prompts, ...] -> [pairs, 2, ...]
-        grid = np.zeros((len(questions), 2, *values.shape[1:]), values.dtype)
-        grid[at] = values
-        return grid
-
-    texts: list[list[list[str]]] = [[[], []] for _ in questions]
-    earned = np.zeros((len(asked), settings.group, 3), np.float32)
-    for row, ((i, side), (_, _, example)) in enumerate(zip(places, asked)):
-        for g in range(settings.group):
-            text = parts.chat.decode(out.tokens[row, g, : out.length[row, g]])
-            earned[row, g] = parts.reward(example, text)
-            texts[i][side].append(text)
-    total, well_formed, correct = np.moveaxis(sides(earned), -1, 0)
-    length = sides(out.length)
-    total = total + settings.overlong(length, settings.sampling.max_tokens)
-    ended, given = sides(out.ended), sides(np.ones(len(asked), bool))
-    return Replies(
-        questions,
-        sides(out.tokens),
-        sides(out.logp),
-        length,
-        ended,
-        texts,
-        total,
-        well_formed,
-        correct,
-        given,
-    )
+def _batch(parts: Parts, trees: list[list[layout.Tree]]) -> Batch:
+    shards = sampler.data_shards(parts.mesh)
+    packed = layout.stack(layout.pack(trees, parts.budget, shards=shards))
+    return loop.place(packed, parts.mesh)
 
 
-def validity(replies: Replies, settings: Settings) -> Bool[np.ndarray, "pairs 2 G"]:
-    """Which replies count in their group and in the loss: not those that have no finite reward."""
-    valid = replies.asked[..., None] & np.isfinite(replies.total)
-    return valid & replies.ended if settings.mask_truncated else valid
+def _scored(trees: list[list[layout.Tree]], whole: Batch) -> list[list[layout.Tree]]:
+    """The trees with each branch's `old` and `ref`, read from the batch that holds all of them."""
+    table, slot = whole.branches, whole.tokens.slot
+    where = {}
+    for a, row, column in np.argwhere(table.record >= 0):
+        at = a, row, column
+        name = int(table.pair[at]), int(table.side[at]), int(table.branch[at])
+        where[name] = a, row, np.flatnonzero(slot[a, row] == column + 1)
+
+    def read(branch: layout.Branch) -> layout.Branch:
+        at = where[branch.pair, branch.side, branch.branch]
+        return branch._replace(old=whole.old[at], ref=whole.ref[at])
+
+    return [
+        [tree._replace(branches=tuple(map(read, tree.branches))) for tree in group]
+        for group in trees
+    ]
 
 
-def paid(replies: Replies, settings: Settings) -> Float[np.ndarray, "pairs 2 G"]:
-    """Rewards as the advantages are made of them."""
-    valid = validity(replies, settings)
-    return replies.total + pair_reward(replies.correct > 0, valid, settings.pair_reward)
+def _record(parts: Parts, n: int, drawn: groups.Drawn, found: Advantages) -> None:
+    """Write the faults of an update and, where it is due, its table of rollouts."""
+    if parts.workdir is None:
+        return
+    table.faults(parts.workdir, n, [f for faults in drawn.seen.faults for f in faults])
+    every = parts.settings.table_every
+    if every and n % every == 0:
+        table.write(parts.workdir, n, drawn.seen, drawn.kept, found.advantage, parts.settings)
 
 
-def survivors(replies: Replies, settings: Settings) -> Bool[np.ndarray, "pairs"]:
-    """Dynamic sampling (DAPO, arXiv 2503.14476) of whole pairs: a group carries signal if its
-    replies differ, in accuracy or in reward; a pair stays if either of its groups, or both, do.
-
-    A pair asked of one video alone has that one group.
-    """
-    judged = replies.correct if settings.filter_on == "accuracy" else paid(replies, settings)
-    valid = validity(replies, settings)
-    low = np.where(valid, judged, np.inf).min(-1)
-    high = np.where(valid, judged, -np.inf).max(-1)
-    signal = high > low
-    match settings.pair_filter:
-        case "none":
-            return np.ones(len(judged), bool)
-        case "any":
-            return signal.any(1)
-        case "both":
-            return (signal | ~replies.asked).all(1)
-    raise ValueError(f"pair_filter is {settings.pair_filter!r}; choose any, both or none")
-
-
-def trees(
-    replies: Replies,
-    advantage: Float[np.ndarray, "pairs 2 G"],
-    valid: Bool[np.ndarray, "pairs 2 G"],
-) -> list[list[layout.Tree]]:
-    """Each prompt with its replies as branches; the trees of a pair are one group."""
-    groups = []
-    for i, question in enumerate(replies.questions):
-        group = []
-        for tree, example in zip(question.trees, question.examples):
-            side, branches = example.media, []
-            for g, n in enumerate(replies.length[i, side]):
-                branches.append(
-                    layout.Branch(
-                        replies.tokens[i, side, g, :n],
-                        np.ones(n, bool),
-                        record=i,
-                        pair=i,
-                        side=side,
-                        branch=g,
-                        weight=float(valid[i, side, g]),
-                        advantage=float(advantage[i, side, g]),
-                        sampled=replies.logp[i, side, g, :n],
-                    )
-                )
-            group.append(tree._replace(branches=tuple(branches)))
-        groups.append(group)
-    return groups
-
-
-# Metrics ----------------------------------------------------------------------------------------
-
-
-def reply_metrics(seen: Replies, settings: Settings) -> dict[str, float]:
-    """Rewards and lengths of every reply sampled, before the filter: the filter would flatter."""
-    asked = seen.asked
-    groups = paid(seen, settings)[asked]  # [groups, G]
-    length, ended = seen.length[asked], seen.ended[asked]
-    out = {
-        "reward": groups.mean(),
-        "reward_std": groups.std(-1, ddof=1).mean(),
-        "frac_reward_zero_std": (groups.max(-1) == groups.min(-1)).mean(),
-        "completions/mean_length": length.mean(),
-        "completions/min_length": length.min(),
-        "completions/max_length": length.max(),
-        "completions/clipped_ratio": 1 - ended.mean(),
-    }
-    if ended.any():
-        out["completions/mean_terminated_length"] = length[ended].mean()
-    for name in ("format", "correct"):
-        values = getattr(seen, name)
-        out[f"rewards/{name}/mean"] = values[asked].mean()
-        out[f"rewards/{name}/std"] = values[asked].std()
-        for side, label in enumerate(SIDES):
-            if asked[:, side].any():
-                out[f"rewards/{name}/{label}"] = values[asked[:, side], side].mean()
-    if asked.all(1).any():
-        out["rewards/correct/both"] = seen.correct[asked.all(1)].min(1).mean()
-    return {name: float(x) for name, x in out.items()}
-
-
-def duality_metrics(found: Advantages) -> dict[str, float]:
-    """Signal, scale and dead groups of the pairs kept. alpha is over the groups that take part."""
-    out = {}
-    for side, label in enumerate(SIDES):
-        alpha = found.alpha[:, side]
-        out[f"duality/signal_{label}"] = float(found.signal[:, side].mean())
-        out[f"duality/dead_{label}"] = float(found.dead[:, side].mean())
-        if (alpha > 0).any():
-            out[f"duality/alpha_{label}"] = float(alpha[alpha > 0].mean())
-            out[f"duality/alpha_{label}_max"] = float(alpha.max())
-    return out
+def _count(parts: Parts, seen: Replies, found: Advantages, metrics: dict[str, float]) -> None:
+    """Count faults and updates without signal; raise ValueError where a limit is reached."""
+    settings, counts = parts.settings, parts.stream.counts
+    lost = [faults[0] for faults in seen.faults if faults]
+    counts["faults"] += sum(len({f.side for f in faults}) for faults in seen.faults)
+    metrics["rewards/faults"] = float(counts["faults"])
+    if lost and counts["faults"] > settings.max_faults:
+        f = lost[-1]
+        raise ValueError(
+            f"the reward failed for {counts['faults']} groups of replies, more than "
+            f"rollout.max_faults {settings.max_faults}. The last: record {f.record!r}, question "
+            f"{f.question!r}, {f.side} side, reply {f.reply!r}: {f.reason}. All of them are in "
+            f"faults.jsonl of the work folder; mend the reward or the records."
+        )
+    alive = bool(len(found.signal) and found.signal.sum() > 0)
+    counts["dead"] = 0 if alive else counts["dead"] + 1
+    if settings.max_dead and counts["dead"] >= settings.max_dead:
+        right = metrics.get("rewards/correct/mean", np.nan)
+        raise ValueError(
+            f"no group carried signal in {counts['dead']} updates in a row (rollout.max_dead): all "
+            f"replies to a prompt earn the same. Of the last ones {right:.0%} were right and "
+            f"{metrics['rewards/format/mean']:.0%} well formed. If few are well formed, start from "
+            f"an SFT model that answers in that form; if all are right or all wrong, choose other "
+            f"questions, more replies (rollout.group) or a higher rollout.sampling.temperature; "
+            f"read some in the tables of rollouts (rollout.table_every)."
+        )
 
 
 def _over_laps(laps: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over the steps of one update; counters give their last value."""
-    means = {name: float(np.mean([lap[name] for lap in laps])) for name in laps[0]}
-    counters = {name: float(laps[-1][name]) for name in ("skipped", "skipped_total")}
-    return means | counters
+    """Means over the steps of one update; counters give their last value, tokens their sum, and
+    what is named .../max its largest."""
+    over = lambda name: np.max if name.endswith("/max") else np.mean
+    means = {name: float(over(name)([lap[name] for lap in laps])) for name in laps[0]}
+    last = ("skipped", "skipped_total", "optimizer_step")
+    means |= {name: float(laps[-1][name]) for name in last}
+    return means | {"num_tokens": float(sum(lap["num_tokens"] for lap in laps))}
 
 
 def _nothing(state: TrainState) -> dict[str, float]:
@@ -381,11 +248,19 @@ def _nothing(state: TrainState) -> dict[str, float]:
 
 
 class _Clock:
-    """Seconds since the last lap, by name."""
+    """Seconds of each phase of an update."""
 
     def __init__(self):
-        self.since, self.laps = time.perf_counter(), {}
+        self.since, self.spent = time.perf_counter(), {}
+
+    def add(self, seconds: dict[str, float]) -> None:
+        """What was measured elsewhere, up to now."""
+        for name, s in seconds.items():
+            self.spent[name] = self.spent.get(name, 0.0) + s
+        self.since = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name], self.since = now - self.since, now
+        self.add({name: time.perf_counter() - self.since})
+
+    def times(self) -> dict[str, float]:
+        return {f"time/{name}": s for name, s in self.spent.items()}

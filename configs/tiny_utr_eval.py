@@ -1,0 +1,37 @@
+"""Probes of trajectories in the laptop world: what a box does, where a thing is, and its track.
+
+`temporal` and `spatial` are choices of four; `track` is graded by the mean overlap (intersection
+over union) of its boxes, so its `grade` is the figure to read. The format is not paid, so that the
+grade of a choice is 1 if it is right.
+
+Run:     jaxvid eval configs/tiny_utr_eval.py --model runs/utr/train/model --workdir runs/utr/probe
+Test:    jaxvid eval configs/tiny_utr_eval.py:runlocal --workdir /tmp/utr_eval
+Expect:  (being measured)
+"""
+
+from configs import _tiny
+from jaxvid import rewards
+from jaxvid.config import ProbeRun
+from jaxvid.data import layout, pipeline
+from jaxvid.eval.probe import Settings
+from jaxvid.models.layers import Compute
+
+
+def get_config(runlocal: bool = False) -> ProbeRun:
+    return ProbeRun(
+        model=_tiny.BASE,
+        compute=Compute(remat="none", unroll=4),
+        data=pipeline.Data(
+            shards=("runs/utr/shards",),
+            split="test",
+            tasks=("policy",),
+            budget=layout.Budget(rows=8, tokens=160, scored=8, branches=1, frames=4, patches=36),
+            sampling=_tiny.SAMPLING,
+        ),
+        reward=rewards.ByAnswer(format_weight=0.0),
+        ask=Settings(
+            max_tokens=8 if runlocal else 128,
+            rows=12 if runlocal else 96,
+            limit=12 if runlocal else 0,
+        ),
+    )
