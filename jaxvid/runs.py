@@ -30,7 +30,6 @@ from jaxvid.models.layers import Compute
 from jaxvid.rollout import remote
 from jaxvid.train import checkpoint, loop, optimizers, policy, state, step
 
-
 FILES = ("*.safetensors", "*.json", "*.jinja")  # what a model folder computes with
 
 
