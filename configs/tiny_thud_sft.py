@@ -3,7 +3,7 @@
 All four clips of a record are in every batch. The paper's 3 epochs at 2e-6 are for 30B; rate and
 steps are ours.
 
-    jaxvid-forge sound --out runs/sound/intervened --train 400 --validation 16 --test 120
+    jaxvid-forge sound --out runs/sound/intervened --train 600 --validation 16 --test 120
 
 Run:     jaxvid train configs/tiny_thud_sft.py --workdir runs/thud/sft
 Test:    jaxvid train configs/tiny_thud_sft.py:runlocal --workdir /tmp/thud_sft

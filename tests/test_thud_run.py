@@ -29,7 +29,8 @@ def made(tmp_path_factory):
 
 def call(verb, recipe, made, out, *flags):
     given = [f"configs/{recipe}.py:runlocal", "--workdir", str(out), *flags]
-    return main.main([verb, *given, "--data.cache", str(made / "cache")])
+    small = ("--data.budget.rows", "8", "--compute.unroll", "1")  # 8 devices; quick to compile
+    return main.main([verb, *given, "--data.cache", str(made / "cache"), *small])
 
 
 def test_a_twin_like_another_model_has_its_weights_and_its_words(made):

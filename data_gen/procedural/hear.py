@@ -24,7 +24,7 @@ NAMES = ("original", "shift", "mute", "swap")
 ORIGINAL, SHIFT, MUTE, SWAP = range(4)
 NOTHING = "nothing"
 # Questions. A reply to one of the first four is a thought and an answer.
-WHEN, HEARD = "When does the sound come?", "What is heard?"
+WHEN, HEARD = "When does the sound come?", "What is heard first?"
 FITS, LATE = "Which things is the sound of?", "How late is the sound?"
 SEEN, AUDIO, WHERE = "Describe what is seen.", "Describe what is heard.", "Where is the {kind}?"
 TIMES = {0: "with the picture", 1: "after the picture", -1: "before the picture"}  # sign of D
@@ -188,9 +188,13 @@ def _instant(events: tuple[strikes.Landing, ...]) -> str:
     return second(events[0].time) if events else NOTHING
 
 
+def _first(clip: Clip) -> str:
+    return clip.heard[0].kind if clip.heard else NOTHING
+
+
 def _thought(question: str, clip: Clip) -> str:
     if question == HEARD:
-        return listed(clip.heard)
+        return _first(clip)
     if question == FITS:
         return f"seen {listed(clip.seen)}; heard {listed(clip.heard)}"
     return f"seen {_instant(clip.seen)}, heard {_instant(clip.heard)}"
@@ -198,25 +202,22 @@ def _thought(question: str, clip: Clip) -> str:
 
 def _answer(question: str, clip: Clip) -> str:
     if question == HEARD:
-        return listed(clip.heard)
+        return _first(clip)
     if question == FITS:
         return MATCHES[0] if clip.fits else MATCHES[1]
     return TIMES[int(np.sign(clip.offset))]
 
 
 def _options(question: str, clips: dict[int, Clip], rng: np.random.Generator) -> tuple[str, ...]:
-    """In a drawn order. What is heard: of the original, of the swap, of neither, or nothing."""
+    """In a drawn order. Heard first: what is in the original, in the swap, another, or nothing."""
     if question == WHEN:
         found = list(TIMES.values())
     elif question == FITS:
         found = list(MATCHES)
     else:
-        found = list({listed(c.heard) for c in clips.values() if c.heard})
-        found = sorted(found)[:2] + [NOTHING]
-        count = found[0].count(", ") + 1
-        while len(found) < 4:
-            drawn = ", then ".join(str(k) for k in rng.choice(list(KINDS), count, replace=False))
-            found += [drawn] if drawn not in found else []
+        there = sorted({_first(clips[ORIGINAL]), _first(clips[SWAP])})
+        other = str(rng.choice([k for k in KINDS if k not in there]))
+        found = [*there, other, NOTHING]
     return tuple(found[i] for i in rng.permutation(len(found)))
 
 
