@@ -97,7 +97,9 @@ def step_pairs(pairs: int) -> pipeline.Data:
     return pipeline.Data(
         shards=("runs/step_pairs/shards",),
         tasks=("preference",),
-        budget=layout.Budget(rows=pairs, tokens=448, scored=320, branches=20, frames=8, patches=36),
+        budget=layout.Budget(
+            rows=pairs + 2, tokens=448, scored=320, branches=20, frames=8, patches=36
+        ),
         pairs=pairs,
         sampling=SAMPLING,
     )

@@ -22,7 +22,7 @@ def get_config(runlocal: bool = False) -> PreferenceRun:
         compute=Compute(remat="none", unroll=4),
         data=_tiny.step_pairs(records),
         objective=PDPO(beta=0.1, labels="hard"),
-        optimizer=AdamW(lr=3e-5, warmup=0 if runlocal else 5, final=0.1),
+        optimizer=AdamW(lr=1e-5, warmup=0 if runlocal else 5, final=0.1),
         steps=steps,
         checkpoint_every=24,
     )

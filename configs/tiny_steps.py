@@ -34,9 +34,10 @@ def get_config(runlocal: bool = False) -> StepsRun:
             separator="\n",
             sampling=Sampling(max_tokens=_tiny.STEPWISE),
             step_tokens=20,
+            keep="any_wrong",
             path_pairs=2,
             records=32,
-            limit=400,
+            limit=256,
         )
     return StepsRun(
         model=_tiny.BASE if runlocal else "runs/steps_sft/model",
