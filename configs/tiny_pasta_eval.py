@@ -6,7 +6,7 @@ scenes of the test split are in no other.
 
 Run:     jaxvid eval configs/tiny_pasta_eval.py --model runs/pasta_dpo/model --workdir runs/probe
 Test:    jaxvid eval configs/tiny_pasta_eval.py:runlocal --workdir /tmp/probe
-Expect:  configs/tiny_pasta.py has the figures
+Expect:  3,600 questions, 12 to a scene; before and after in configs/tiny_pasta.py
 """
 
 from configs import _tiny
