@@ -242,16 +242,7 @@ class _Paid(NamedTuple):
 
 def _pay(question: Prompts, example: Any, out: sampler.Rollouts, draw: Draw) -> _Paid:
     """The replies [1, G, R] of one group as text, with what they earn."""
-    record, side = question.record, example.media
-    case = rewards.Case(
-        record.id,
-        example.name,
-        example.prompt,
-        example.options,
-        example.answer,
-        side,
-        record.meta,
-    )
+    record, side, case = question.record, example.media, rewards.case(question.record, example)
     texts, earned, faults = [], [], []
     for tokens, n in zip(out.tokens[0], out.length[0]):
         text = draw.chat.decode(tokens[:n])
