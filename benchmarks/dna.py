@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from benchmarks import measure
 from benchmarks.measure import Row
-from jaxvid import rewards, sharding
+from jaxvid import rewards
 from jaxvid.data import chat, layout, pipeline, records
 from jaxvid.models import decoder, hf, qwen25vl, vision
 from jaxvid.objectives.advantages import Duality
@@ -182,7 +182,7 @@ class Run:
     """A state of its own that updates move on."""
 
     def __init__(self, loaded: hf.Loaded, words: chat.Chat, sizes: Sizes, shared: bool):
-        tx, self.shared, self.mesh = optax.adamw(1e-5), shared, sharding.make_mesh()
+        tx, self.shared, self.mesh = optax.adamw(1e-5), shared, measure.one_device()
         self.parts = parts(loaded, tx, words, sizes, self.mesh, shared)
         self.update = policy.make_update(self.parts, 0)
         params = jax.tree.map(lambda x: x.copy(), loaded.params)

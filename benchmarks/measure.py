@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxvid import sharding
+
 MIB, GIB = 2**20, 2**30
 
 
@@ -62,6 +64,13 @@ def seconds(
             if i >= warm:
                 taken[name].append(time.perf_counter() - start)
     return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def one_device() -> jax.sharding.Mesh:
+    """The mesh of the first device alone."""
+    kinds = (jax.sharding.AxisType.Auto,) * len(sharding.AXES)
+    shape = (1,) * len(kinds)
+    return jax.make_mesh(shape, sharding.AXES, axis_types=kinds, devices=jax.devices()[:1])
 
 
 def temporaries(compiled: jax.stages.Compiled) -> int:
