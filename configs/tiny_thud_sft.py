@@ -17,7 +17,7 @@ from jaxvid.train.optimizers import Muon
 
 
 def get_config(runlocal: bool = False) -> SFTRun:
-    records, steps = (1, 2) if runlocal else (2, 100)
+    records, steps = (1, 2) if runlocal else (2, 120)
     return SFTRun(
         model=_omni.BASE,
         compute=Compute(remat="none", unroll=4),

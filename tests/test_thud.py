@@ -135,7 +135,7 @@ def test_a_record_has_every_probe_of_both_sides(intervened):
         assert set(probes) == set(names.split())
         assert all(int(name[-1]) == e.media for name, e in probes.items())
         assert float(probes["offset/1"].answer) == record.meta["offset"]
-        truth = lambda e: e.options["ABCD".index(e.answer)]
+        truth = lambda e: e.options["ABCDE".index(e.answer)]
         assert truth(probes["shift/0"]) == "with the picture"
         way = "after" if record.meta["offset"] > 0 else "before"
         assert truth(probes["shift/1"]) == f"{way} the picture"

@@ -11,7 +11,7 @@ from data_gen.procedural.outcomes import FAMILIES
 from data_gen.procedural.scene import Scene, generator
 
 COLUMNS, ROWS = ("left", "middle", "right"), ("top", "centre", "bottom")
-LETTERS = "ABCD"
+LETTERS = "ABCDE"
 MOMENTS = 4  # how many places a track names
 
 
