@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from benchmarks import measure
 from benchmarks.measure import Row
-from jaxvid import rewards, sharding
+from jaxvid import rewards
 from jaxvid.data import chat, layout, pipeline, records
 from jaxvid.models import decoder, hf, qwen25vl, vision
 from jaxvid.objectives.advantages import Duality
@@ -113,13 +113,16 @@ def vowels(case: rewards.Case, text: str) -> rewards.Reward:
     return rewards.Reward(share, 0.0, float(share > 0.2))
 
 
-def drawn_apart(draw, model, trees, words, sampling, *, group, keys, rows=0, mesh=None):
+def drawn_apart(draw, model, trees, words, sampling, *, group, keys, rows=0, mesh=None, done):
     """`sampler.generate_all` where every reply is a prompt of its own."""
     many = [t for t in trees for _ in range(group)]
     own = jax.vmap(lambda k: jax.random.split(k, group))(keys).reshape(-1)
     how = {"group": 1, "keys": own, "rows": rows, "mesh": mesh}
     out = draw(model, many, words, sampling, **how)
-    return sampler.Rollouts(*(x.reshape(len(trees), group, *x.shape[2:]) for x in out))
+    out = sampler.Rollouts(*(x.reshape(len(trees), group, *x.shape[2:]) for x in out))
+    for i in range(len(trees)):
+        done(i, sampler.Rollouts(*(x[i : i + 1] for x in out)))
+    return out
 
 
 def grown_apart(grow, replies, advantage, valid):
@@ -179,7 +182,7 @@ class Run:
     """A state of its own that updates move on."""
 
     def __init__(self, loaded: hf.Loaded, words: chat.Chat, sizes: Sizes, shared: bool):
-        tx, self.shared, self.mesh = optax.adamw(1e-5), shared, sharding.make_mesh()
+        tx, self.shared, self.mesh = optax.adamw(1e-5), shared, measure.one_device()
         self.parts = parts(loaded, tx, words, sizes, self.mesh, shared)
         self.update = policy.make_update(self.parts, 0)
         params = jax.tree.map(lambda x: x.copy(), loaded.params)

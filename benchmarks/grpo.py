@@ -29,7 +29,6 @@ import optax
 from benchmarks import dna, measure
 from benchmarks.measure import MIB, Row
 from benchmarks.tree import config
-from jaxvid import sharding
 from jaxvid.data import chat, layout, media, pipeline, records
 from jaxvid.models import hf
 from jaxvid.models.layers import Compute
@@ -63,7 +62,7 @@ def ours(sizes: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as made:
         chat.build_tokenizer(["some words"], 320, made)
         words = chat.Chat(pathlib.Path(made))
-    loaded, tx, mesh = hf.initialise(cfg, 0), optax.adamw(1e-5), sharding.make_mesh()
+    loaded, tx, mesh = hf.initialise(cfg, 0), optax.adamw(1e-5), measure.one_device()
     text = loaded.params["decoder"]
     stream = policy.Questions(dna.Endless([question(0, sizes)]), 1)
     parts = policy.Parts(

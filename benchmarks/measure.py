@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxvid import sharding
+
 MIB, GIB = 2**20, 2**30
 
 
@@ -50,16 +52,25 @@ def table(rows: list[Row], out: str = "") -> str:
     return text
 
 
-def seconds(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median time of each run, taken in turns; each runs once before."""
+def seconds(
+    runs: Mapping[str, Callable[[], Any]], repeats: int, *, warm: int = 1
+) -> dict[str, float]:
+    """Median time of each run, taken in turns; each runs `warm` times before."""
     taken = {name: [] for name in runs}
-    for i in range(repeats + 1):
+    for i in range(repeats + warm):
         for name, run in runs.items():
             start = time.perf_counter()
             jax.block_until_ready(run())
-            if i:
+            if i >= warm:
                 taken[name].append(time.perf_counter() - start)
     return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def one_device() -> jax.sharding.Mesh:
+    """The mesh of the first device alone."""
+    kinds = (jax.sharding.AxisType.Auto,) * len(sharding.AXES)
+    shape = (1,) * len(kinds)
+    return jax.make_mesh(shape, sharding.AXES, axis_types=kinds, devices=jax.devices()[:1])
 
 
 def temporaries(compiled: jax.stages.Compiled) -> int:

@@ -29,6 +29,7 @@ from jaxvid import sharding
 from jaxvid.batch import Batch
 from jaxvid.data import layout, media
 from jaxvid.models import decoder, hf, qwen25vl, vision
+from jaxvid.models.layers import Compute
 from jaxvid.objectives.policy import Policy
 from jaxvid.ops import _flash
 from jaxvid.train import state as states
@@ -231,7 +232,7 @@ def published() -> qwen25vl.Config:
         vocab=152064,
         rope_sections=(16, 24, 24),
     )
-    return dataclasses.replace(cfg, dtype="bfloat16")
+    return dataclasses.replace(cfg, compute=Compute(dtype="bfloat16"))
 
 
 def main(argv: list[str] | None = None) -> None:

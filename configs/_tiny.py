@@ -7,6 +7,7 @@ from jaxvid.data import layout, media, pipeline
 
 WORLD = "runs/world"  # jaxvid-forge procedural --out runs/world
 STEPS = "runs/steps"  # jaxvid-forge steps --shards runs/world --out runs/steps
+PASTA = "runs/pasta"  # jaxvid-forge pasta --shards runs/world --out runs/pasta
 BASE = "@checkpoints/tiny_base"
 REPLY = 16  # tokens a reply may have; the longest right one has 14
 STEPWISE = 56  # tokens of a reply in steps; the longest right one has 46
@@ -42,13 +43,30 @@ def preferences(pairs: int, split: str = "train") -> pipeline.Data:
     )
 
 
-def questions(pairs: int, split: str = "train") -> pipeline.Data:
-    """The pairs' shared question of choice; a row holds one prompt and its group of replies.
+def adversaries(pairs: int, split: str = "train") -> pipeline.Data:
+    """One description against three, and a question on each axis; both sides of `pairs` records.
 
-    A prompt has at most 92 tokens, and a group is 8 replies of at most REPLY tokens.
+    A clip with its questions and replies has at most 427 tokens, 230 of them scored.
     """
     return pipeline.Data(
-        shards=(WORLD,),
+        shards=(PASTA,),
+        split=split,
+        tasks=("preference",),
+        budget=layout.Budget(
+            rows=2 * pairs, tokens=464, scored=256, branches=16, frames=4, patches=36
+        ),
+        pairs=pairs,
+        sampling=SAMPLING,
+    )
+
+
+def questions(pairs: int, split: str = "train", shards: str = WORLD) -> pipeline.Data:
+    """The pairs' shared question of choice; a row holds one prompt and its group of replies.
+
+    A prompt has at most 98 tokens, and a group is 8 replies of at most REPLY tokens.
+    """
+    return pipeline.Data(
+        shards=(shards,),
         split=split,
         tasks=("policy",),
         budget=layout.Budget(

@@ -1,8 +1,11 @@
 """jaxvid-forge: one verb per pipeline that makes training data.
 
     jaxvid-forge procedural --out DIR [--train 3000 --validation 100 --test 300 --seed 0]
+    jaxvid-forge sound --out DIR [--train 1500 --validation 60 --test 200 --mix.show intervened]
     jaxvid-forge visual --videos DIR --out DIR [--edits 4]
+    jaxvid-forge pasta --shards DIR --out DIR [--adversaries bend --across]
     jaxvid-forge practice --out DIR [--train 12000]
+    jaxvid-forge utr --shards DIR --out DIR [--scale 100]
     jaxvid-forge steps --shards DIR --out DIR
     jaxvid-forge tokenizer --shards DIR --out MODEL_DIR [--vocab 512]
 
@@ -17,11 +20,13 @@ import multiprocessing
 import pathlib
 import sys
 from collections.abc import Iterator
+from typing import Literal
 
 import tyro
 from tqdm import tqdm
 
-from data_gen import practice, sources, steps, visual
+from data_gen import pasta, practice, sources, steps, utr, visual
+from data_gen.procedural import hear
 from data_gen.procedural.make import CHUNK, Mix, chunk
 from data_gen.procedural.scene import Settings
 from jaxvid.data import chat, media, shards
@@ -49,7 +54,26 @@ class Procedural:
                 raise ValueError(f"--{split} {vars(self)[split]}: give at least 0 records")
 
 
-def rendered(args: Procedural, split: str, done: int = 0) -> Iterator[Record]:
+@dataclasses.dataclass(frozen=True)
+class Sound:
+    """Clips whose sound is shifted, muted or swapped, with probes, answers and preferences."""
+
+    out: pathlib.Path  # folder of shards to write
+    train: int = 1500  # records per split; 0 leaves a split out
+    validation: int = 60
+    test: int = 200
+    seed: int = 0
+    workers: int = 2  # processes that render; 0 renders in this one
+    settings: hear.Picture = hear.Picture()
+    mix: hear.Mix = hear.Mix()
+
+    def __post_init__(self):
+        for split in SPLITS:
+            if vars(self)[split] < 0:
+                raise ValueError(f"--{split} {vars(self)[split]}: give at least 0 records")
+
+
+def rendered(args: Procedural | Sound, split: str, done: int = 0) -> Iterator[Record]:
     """Records of a split in order from number `done` on, rendered by a pool of processes."""
     count = vars(args)[split]
     bounds = [(i, min(i + CHUNK, count)) for i in range(done - done % CHUNK, count, CHUNK)]
@@ -63,22 +87,23 @@ def rendered(args: Procedural, split: str, done: int = 0) -> Iterator[Record]:
                 number += 1
 
 
-def _in_order(args: Procedural, split: str, bounds: list) -> Iterator[list[Record]]:
+def _in_order(args: Procedural | Sound, split: str, bounds: list) -> Iterator[list[Record]]:
+    make = chunk if isinstance(args, Procedural) else hear.chunk
     tasks = [(args.seed, split, *b, args.settings, args.mix) for b in bounds]
     if not args.workers:
-        yield from (chunk(*t) for t in tasks)
+        yield from (make(*t) for t in tasks)
         return
     # Fresh interpreters: forking a process that has started threads (JAX, PyAV) can hang.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
-        waiting = [pool.submit(chunk, *t) for t in tasks[: 2 * args.workers]]
+        waiting = [pool.submit(make, *t) for t in tasks[: 2 * args.workers]]
         for i in range(len(tasks)):
             yield waiting.pop(0).result()
             if i + 2 * args.workers < len(tasks):
-                waiting.append(pool.submit(chunk, *tasks[i + 2 * args.workers]))
+                waiting.append(pool.submit(make, *tasks[i + 2 * args.workers]))
 
 
-def procedural(args: Procedural) -> None:
+def procedural(args: Procedural | Sound) -> None:
     """Writes the splits that are missing. Raises SystemExit if the folder is of other settings."""
     made = _plain({k: v for k, v in vars(args).items() if k not in ("out", "workers")})
     path = args.out / "forge.json"
@@ -149,7 +174,7 @@ def footage(args: Visual) -> None:
     print(f"wrote {written.records} pairs to {args.out}")
 
 
-def _texts(args: Visual) -> dict:
+def _texts(args: "Visual | Pasta") -> dict:
     return {k: str(v) for k, v in vars(args).items()}
 
 
@@ -170,6 +195,35 @@ def _edited(args: Visual, faults: list[dict[str, str]]) -> Iterator[Record]:
                 )
         except (media.MediaError, ValueError, OSError) as error:
             faults.append({"clip": str(path), "reason": str(error)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Pasta:
+    """Adversarial preferences and probes on the clips of the laptop world (VideoPASTA)."""
+
+    shards: pathlib.Path  # that `jaxvid-forge procedural` wrote
+    out: pathlib.Path
+    adversaries: Literal["swap", "bend"] = "swap"  # true of another clip, or the truth bent
+    specific: bool = True  # also a preference on each axis, between two replies
+    across: bool = False  # also the chosen words about the pair's other clip, as a rejected reply
+    train: int = 0  # records per split at most; 0 is all there are
+    validation: int = 0
+    test: int = 0
+    seed: int = 0
+
+
+def adversarial(args: Pasta) -> None:
+    """Writes the splits that the shards have. Raises SystemExit if the folder is made already."""
+    if (args.out / "forged.json").exists():
+        raise SystemExit(f"{args.out} is there; give another --out, or remove it")
+    how = pasta.How(args.seed, args.adversaries, args.specific, args.across)
+    for split in shards.splits(args.shards):
+        source = shards.Source(str(args.shards), split)
+        count = vars(args)[split] if split in SPLITS else 0
+        some = [source[i] for i in range(min(count, len(source)))] if count else source
+        written = shards.write(args.out, pasta.records(some, how), split=split, replace=True)
+        print(f"wrote {written.records} {split} records to {args.out}")
+    (args.out / "forged.json").write_text(json.dumps(_texts(args), indent=1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,10 +287,47 @@ def tokenizer(args: Tokenizer) -> None:
     print(f"wrote a tokenizer of {chat.Chat(args.out).size} tokens to {args.out}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Utr:
+    """Video-UTR's dialogues of the trajectories that some shards carry, both ways."""
+
+    shards: pathlib.Path  # records with meta["tracks"], or of the laptop world; every split is read
+    out: pathlib.Path
+    seed: int = 0
+    asking: tyro.conf.OmitArgPrefixes[utr.Asking] = utr.Asking()
+
+
+def trajectories(args: Utr) -> None:
+    """Writes every split. A record without tracks goes to untracked.jsonl with the reason.
+
+    Raises SystemExit if a split is there, or none of its records has tracks.
+    """
+    lines, count = [], 0
+    for split in shards.splits(args.shards):
+        source, faults = shards.Source(str(args.shards), split), []
+        known = utr.pool((source[i] for i in range(len(source))), args.asking, args.seed)
+        bar = tqdm(range(len(source)), f"forge utr {split}", unit="record")
+        made = utr.records((source[i] for i in bar), known, args.asking, args.seed, faults)
+        try:
+            count += shards.write(args.out, made, split=split).records
+        except shards.ShardError as error:
+            raise SystemExit(f"jaxvid-forge utr: {error}\n{''.join(faults[:5])}") from error
+        lines += faults
+    if not count:
+        raise SystemExit(f"jaxvid-forge utr: {args.shards} has no finished split; make it first")
+    if lines:
+        (args.out / "untracked.jsonl").write_text("".join(lines))
+        print(f"{len(lines)} records left out; reasons in {args.out / 'untracked.jsonl'}")
+    print(f"wrote {count} records to {args.out}")
+
+
 VERBS = {
     Procedural: procedural,
+    Sound: procedural,
     Visual: footage,
+    Pasta: adversarial,
     Practice: reading,
+    Utr: trajectories,
     Steps: stepwise,
     Tokenizer: tokenizer,
 }

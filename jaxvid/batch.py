@@ -95,7 +95,7 @@ class Scores(NamedTuple):
 class Loss(NamedTuple):
     """A loss as numerator and denominator, so that accumulation over micro-batches is exact.
 
-    `metrics` maps a name to its own (sum, count).
+    `metrics` maps a name to its own (sum, count); one named .../max to (largest, 1).
     """
 
     numerator: Float[Array, ""]

@@ -107,6 +107,18 @@ class PreferenceRun(Run):
 
     objective: DPO | PDPO = DPO()
     reference: str = ""  # model folder; "" is where this run starts, with LoRA at no memory
+    sidecar: str = ""  # folder of `jaxvid score`; "" computes the reference in every step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Server:
+    """A server that samples in place of this process (rollout/remote.py); url "" is none."""
+
+    url: str = ""
+    model: str = ""  # its name there
+    key_file: str = ""  # file that holds its key
+    timeout: float = 600.0  # seconds that one try may take
+    tries: int = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +127,7 @@ class PolicyRun(Run):
 
     objective: Policy = Policy()
     rollout: Rollout = Rollout()
+    server: Server = Server()
     reward: Reward = rewards.Answer()
     advantages: Advantage = Duality()
     reference: str = ""  # read where objective.kl_coef is above 0; "" is the start
@@ -150,6 +163,7 @@ class ProbeRun:
     data: Data
     ask: Probe = Probe()
     reward: Reward = rewards.Answer()
+    sound: bool = False  # also what probes of shifted, muted and swapped sound amount to
     seed: int = 0
     replica: int = 1
     fsdp: int = -1

@@ -13,7 +13,9 @@ import pathlib
 import platform
 import sys
 
+SCORE = "configs/tiny_pasta.py --out runs/pasta/reference"
 ABLATE = "ablation_dna --workdir runs/ablation --seeds 5"
+TPL = "runs/utr/shards --model runs/sft/model --keep-top 0.8 --out runs/utr/kept"
 PACKAGES = ("jaxvid", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
 
 
@@ -60,6 +62,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p = verb("train", _train, "train by a recipe", "tiny_sft --workdir runs/sft", overrides=True)
     p.add_argument("config", nargs="?", help="path or name of a recipe, `:runlocal` for the small")
     p.add_argument("--workdir", type=pathlib.Path)
+    p = verb("score", _score, "a reference's log-probs, once", SCORE, overrides=True)
+    p.add_argument("config", nargs="?", help="path or name of a recipe of preferences")
+    p.add_argument("--out", type=pathlib.Path, help="folder; default: beside the first shards")
     p = verb("eval", _eval, "answer every pair", "tiny_eval --workdir runs/eval", overrides=True)
     p.add_argument("config", nargs="?", help="path or name of a recipe")
     p.add_argument("--workdir", type=pathlib.Path)
@@ -77,6 +82,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("clip", type=pathlib.Path)
     p.add_argument("question")
     _sampling_flags(p)
+    p.add_argument("--sound", action="store_true", help="a video is heard as well as seen")
     p.add_argument("--max-tokens", type=int, default=64)
     p = verb("validate", _validate, "read every byte of shards", "runs/shards --media")
     p.add_argument("shards", type=pathlib.Path, nargs="+")
@@ -87,10 +93,12 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--seconds", type=float, default=10.0, help="of a clip without --clip")
     p.add_argument("--pixels", default="720x1280", help="HEIGHTxWIDTH of it")
     _sampling_flags(p)
+    p.add_argument("--sound", action="store_true", help="a video is heard as well as seen")
     p.add_argument("--chips", type=int, default=16, help="that share the weights in training")
     p.add_argument("--tokens", type=int, default=8192, help="of the rows of one chip")
     p.add_argument("--trained", type=int, help="weights that are trained; default: all")
     p.add_argument("--moments", type=int, default=2, help="of the optimizer; AdamW 2, Adafactor 0")
+    _tpl_flags(verb("tpl", _tpl, "temporal perplexity of answers", TPL))
     verb("env", _env, "versions and devices, for a report", "")
     p = verb("tiny", _tiny, "a small model with fresh weights", "qwen2_5_vl runs/start")
     p.add_argument("family", help="of the model; a wrong name lists those there are")
@@ -98,6 +106,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument(
         "--tokenizer", type=pathlib.Path, help="folder whose tokenizer it gets; default: its own"
     )
+    p.add_argument("--like", type=pathlib.Path, help="folder whose weights it takes where they fit")
     p.add_argument("--seed", type=int, default=0)
     p = verb("export", _export, "a checkpoint as a model folder", "runs/sft out --which best")
     p.add_argument("workdir", type=pathlib.Path)
@@ -109,13 +118,29 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     return parser, made
 
 
+def _tpl_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("shards", help="folder of shards, or a pattern of folders")
+    p.add_argument("--model", type=pathlib.Path, required=True)
+    p.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/tpl"))
+    p.add_argument("--split", default="train")
+    p.add_argument("--frame", choices=("last", "middle", "random"), default="last")
+    p.add_argument("--tasks", nargs="+", help="whose answers; default: sft choice caption")
+    p.add_argument("--seed", type=int, default=0, help="of random frames, and of the intervals")
+    p.add_argument("--rows", type=int, default=8, help="of a batch")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    _sampling_flags(p)
+    p.add_argument("--keep-above", type=float, help="write records of at least this TPL to --out")
+    p.add_argument("--keep-top", type=float, help="or this share of them, the largest")
+    p.add_argument("--by", choices=("record", "example"), default="record", help="what is kept")
+    p.add_argument("--out", type=pathlib.Path, help="new folder of shards with what is kept")
+
+
 def _sampling_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--frames", type=int, help="most frames; default: as the model was trained")
     p.add_argument("--fps", type=float)
     p.add_argument("--height", type=int)
     p.add_argument("--width", type=int)
     p.add_argument("--max-pixels", type=int, help="of a frame")
-    p.add_argument("--sound", action="store_true", help="a video is heard as well as seen")
 
 
 def _sampling(args: argparse.Namespace, cfg):
@@ -127,20 +152,21 @@ def _sampling(args: argparse.Namespace, cfg):
     return runs.sampling_of(args.model, cfg, asked)
 
 
-def _from_command(args: argparse.Namespace, rest: list[str]):
+def _from_command(args: argparse.Namespace, rest: list[str], folder: str = "workdir"):
     from jaxvid import runs
 
     if args.config is None and rest and not rest[0].startswith("-"):
         args.config = rest.pop(0)  # argparse gives up on it where it stands after an option
     if args.config is None:
+        example = SCORE if folder == "out" else "configs/tiny_base.py:runlocal --workdir /tmp/run"
         print(
-            f"usage: jaxvid {args.verb} CONFIG [--field.sub VALUE ...] --workdir DIR\n"
+            f"usage: jaxvid {args.verb} CONFIG [--field.sub VALUE ...] --{folder} DIR\n"
             f"       jaxvid {args.verb} CONFIG --help     shows every field of CONFIG\n"
-            f"example: jaxvid {args.verb} configs/tiny_base.py:runlocal --workdir /tmp/run"
+            f"example: jaxvid {args.verb} {example}"
         )
         raise SystemExit(0 if {"-h", "--help"} & {*rest} else 2)
     run = runs.load_config(args.config, rest, f"jaxvid {args.verb}")
-    if args.workdir is None:
+    if folder == "workdir" and args.workdir is None:
         raise ValueError("no --workdir; name the folder that this run shall write to")
     return run
 
@@ -158,6 +184,19 @@ def _train(args: argparse.Namespace, rest: list[str]) -> int:
     if result.interrupted:
         print(f"stopped and saved at step {result.step}; the same command goes on from there")
         return 143  # as a process that SIGTERM ended, so that a scheduler starts it again
+    return 0
+
+
+def _score(args: argparse.Namespace, rest: list[str]) -> int:
+    from jaxvid import config, scoring
+
+    run = _from_command(args, rest, "out")
+    if not isinstance(run, config.PreferenceRun):
+        raise ValueError(
+            f"{args.config} is a {type(run).__name__}; `jaxvid score` wants a PreferenceRun"
+        )
+    out = scoring.score(run, args.out)
+    print(f"wrote {out}; train with --sidecar {out}")
     return 0
 
 
@@ -296,7 +335,8 @@ def _inspect(args: argparse.Namespace, rest: list[str]) -> int:
 def _tiny(args: argparse.Namespace, rest: list[str]) -> int:
     from jaxvid import runs
 
-    runs.tiny(args.family, args.out, tokenizer=args.tokenizer, seed=args.seed)
+    given = {"tokenizer": args.tokenizer, "like": args.like}
+    runs.tiny(args.family, args.out, **given, seed=args.seed)
     return 0
 
 
@@ -312,6 +352,34 @@ def _report(args: argparse.Namespace, rest: list[str]) -> int:
 
     page = report.write(args.workdir / "report.html", report.collect(args.workdir))
     print(f"wrote {page}")
+    return 0
+
+
+def _tpl(args: argparse.Namespace, rest: list[str]) -> int:
+    from jaxvid import config, perplexity, runs, sift
+    from jaxvid.data import shards
+    from jaxvid.models import hf
+
+    how = None
+    limits = args.keep_above, args.keep_top
+    if limits != (None, None):
+        how = sift.Filter(above=args.keep_above, top=args.keep_top, by=args.by)
+    if (how is None) != (args.out is None):
+        raise ValueError("filtering wants --out DIR and one of --keep-above X, --keep-top SHARE")
+    args.model = pathlib.Path(config.resolve(str(args.model)))
+    source = shards.Source(args.shards, args.split)
+    tasks = {"tasks": tuple(args.tasks)} if args.tasks else {}
+    settings = perplexity.Settings(frame=args.frame, seed=args.seed, rows=args.rows, **tasks)
+    sampling = _sampling(args, hf.read_config(args.model))
+    rows, skipped = runs.tpl(args.model, source, sampling, settings, args.workdir, args.dtype)
+    print(perplexity.page(perplexity.summary(rows, skipped, seed=args.seed), settings))
+    print(f"wrote {args.workdir / 'tpl.jsonl'}")
+    if how is not None:
+        about = {"model": str(args.model), "frame": args.frame, "seed": args.seed}
+        written, left = sift.write(source, rows, how, args.out, about)
+        print(
+            f"wrote {written.records} records to {args.out}; {len(left)} left out are listed in it"
+        )
     return 0
 
 

@@ -42,8 +42,14 @@ class Case(NamedTuple):
     prompt: str
     options: tuple[str, ...]
     answer: str  # the right letter, or text
-    side: int  # 0 real, 1 counterfactual
+    side: int  # which clip of the record it is about; of a pair 0 is real, 1 counterfactual
     meta: dict[str, Any]  # of the record: whatever columns it came with
+
+
+def case(record: Any, example: Any) -> Case:
+    """What a user's function gets for an example of a record, both of the data room."""
+    asked = example.name, example.prompt, example.options, example.answer, example.media
+    return Case(record.id, *asked, record.meta)
 
 
 class Reward(NamedTuple):
@@ -54,6 +60,17 @@ class Reward(NamedTuple):
     format: float
     correct: float
     parts: dict[str, float] = {}
+
+
+def judged(found: Reward) -> Reward:
+    """The reward itself, for uses that need to know what is right. Raises ValueError if it does not
+    say."""
+    if math.isnan(found.correct):
+        raise ValueError(
+            "the reward does not say whether the reply is right; let your function return a dict "
+            "with 'correct', 0 or 1, among its values"
+        )
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pathlib
 import pkgutil
 import tempfile
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
@@ -19,13 +19,18 @@ import tyro
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxvid import config, rewards, sharding
+from jaxvid import config, perplexity, rewards, scoring, sharding
 from jaxvid.config import AnyRun, EvalRun, ProbeRun, Run
-from jaxvid.data import chat, frames, pipeline
+from jaxvid.data import chat, frames, pipeline, shards, sidecar
 from jaxvid.eval import probe as probes
 from jaxvid.eval import run as evaluation
+from jaxvid.eval import sound
 from jaxvid.models import hf, lora, peft
+from jaxvid.models.layers import Compute
+from jaxvid.rollout import remote
 from jaxvid.train import checkpoint, loop, optimizers, policy, state, step
+
+FILES = ("*.safetensors", "*.json", "*.jinja")  # what a model folder computes with
 
 
 def load_config(name: str, overrides: list[str], prog: str = "jaxvid train") -> AnyRun:
@@ -97,6 +102,7 @@ def train(run: Run, workdir: pathlib.Path) -> loop.Result:
     sharding.row_sharding(mesh, run.data.budget.rows)  # says at once if the rows do not divide
     if isinstance(run, config.PolicyRun) and isinstance(run.reward, rewards.Function):
         rewards.loaded(run.reward.path)  # says at once if it is not there
+    scoring.check(run)
     saved = _save_config(run, workdir)
     with jax.set_mesh(mesh):
         loaded = config.load_model(run, mesh)
@@ -130,6 +136,7 @@ def _update(
 ):
     """The update of a kind of run, the stream it reads, and what validation does to a batch."""
     builder = config.make_builder(run.model, loaded.cfg, run.data)
+    builder = scoring.with_sidecar(run, builder, "data")
     share = {"process": jax.process_index(), "processes": jax.process_count()}
     temperature = run.rollout.sampling.temperature if isinstance(run, config.PolicyRun) else 1.0
     train_step = step.make_step(
@@ -158,10 +165,11 @@ def _update(
             reference=refer(score, temperature) if run.objective.kl_coef else None,
             dropout=run.lora.dropout > 0,
             workdir=workdir,
+            engine=remote.Server(chat=builder.chat, **vars(run.server)) if run.server.url else None,
         )
         return policy.make_update(parts, run.seed), parts.stream, lambda _, batch: batch
     batches = iter(pipeline.batches(run.data, builder, run.seed, **share))
-    if isinstance(run, config.PreferenceRun):
+    if isinstance(run, config.PreferenceRun) and not run.sidecar:
         reference = refer(step.make_score(loaded.graph), temperature)
         prepare = lambda now, batch: batch._replace(ref=reference(now, batch))
         return loop.preference(train_step, reference, mesh), batches, prepare
@@ -185,6 +193,7 @@ def _evaluation(run: Run, loaded: hf.Loaded, mesh: Mesh, prepare) -> loop.Evalua
             raise ValueError("eval_every or ask is set but there is no validation data; set both")
         return None
     builder = config.make_builder(run.model, loaded.cfg, run.validation)
+    builder = scoring.with_sidecar(run, builder, "validation")
     parts = []
     if not isinstance(run, config.PolicyRun) and set(run.validation.tasks) != {"policy"}:
         share = {"process": jax.process_index(), "processes": jax.process_count()}
@@ -281,16 +290,42 @@ def evaluate(run: EvalRun, workdir: pathlib.Path) -> dict[str, evaluation.Result
 
 
 def probe(run: ProbeRun, workdir: pathlib.Path) -> probes.Results:
-    """Answer every probe; WORKDIR gets replies and results."""
+    """Answer every probe; WORKDIR gets replies and results, and sound.json where it is asked."""
     mesh = sharding.make_mesh(run.replica, run.fsdp, run.tensor)
     saved = _save_config(run, workdir)
     with jax.set_mesh(mesh):
         loaded = config.load_model(run, mesh)
         builder = config.make_builder(run.model, loaded.cfg, run.data)
         model = nnx.merge(loaded.graph, loaded.params)
-        return probes.evaluate(
+        found = probes.evaluate(
             model, builder, run.ask, run.reward, out=workdir, about=saved, mesh=mesh
         )
+    if run.sound:
+        measured = sound.measures(found.predictions, seed=run.ask.seed)
+        text = json.dumps({name: m._asdict() for name, m in measured.items()}, indent=1)
+        (workdir / "sound.json").write_text(text + "\n")
+        for name, m in measured.items():
+            print(f"{name}: {m.value:.3f} ({m.low:.3f} to {m.high:.3f})")
+    return found
+
+
+def tpl(
+    model: pathlib.Path,
+    source: shards.Source,
+    sampling: frames.Sampling,
+    settings: perplexity.Settings,
+    workdir: pathlib.Path,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> tuple[list[perplexity.Row], list[perplexity.Skipped]]:
+    """Temporal perplexity of every answer of a source, computed in `dtype`; on all devices."""
+    about = {"model": str(model), "weights": sidecar.of_files(model, FILES), "dtype": dtype}
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        cfg = dataclasses.replace(hf.read_config(model), compute=Compute(dtype=dtype))
+        params = hf.load(model, mesh=mesh).params
+        builder = config.make_builder(model, cfg, None)
+        start = hf.abstract(cfg)[0], params, builder, source
+        return perplexity.measure(*start, sampling, settings, workdir, mesh=mesh, about=about)
 
 
 def sampling_of(
@@ -318,20 +353,48 @@ WORDS = (
 
 
 def tiny(
-    family: str, out: pathlib.Path, *, tokenizer: pathlib.Path | None = None, seed: int = 0
+    family: str,
+    out: pathlib.Path,
+    *,
+    tokenizer: pathlib.Path | None = None,
+    like: pathlib.Path | None = None,
+    seed: int = 0,
 ) -> None:
     """Write a family's tiny twin: its own classes at laptop size with fresh weights, a tokenizer
     and a chat template. Every verb that takes a model takes it.
 
-    Raises ValueError for a family that is not known and for a tokenizer without its tokens.
+    `like` is a model folder, maybe of another family: its tokenizer is taken, with the family's
+    control tokens added, and its weights wherever both have one of the same name and width.
+
+    Raises ValueError for a family that is not known, and for a tokenizer without its tokens.
     """
+    if like is not None and tokenizer is not None:
+        raise ValueError(f"--like {like} and --tokenizer {tokenizer}: give one; --like has its own")
     with tempfile.TemporaryDirectory() as made:
-        if tokenizer is None:
-            tokenizer = pathlib.Path(made)
-            found = hf.named(family)
-            special = tuple(dict.fromkeys((*chat.CONTROL, *found.special.values())))
-            markers = hf.tiny_config(family).prompting.markers
-            chat.build_tokenizer(WORDS, 640, tokenizer, special=special, markers=markers)
+        found = hf.named(family)
+        special = tuple(dict.fromkeys((*chat.CONTROL, *found.special.values())))
+        markers = hf.tiny_config(family).prompting.markers
+        if like is not None:
+            chat.extend_tokenizer(like, made, special=special, markers=markers)
+        elif tokenizer is None:
+            chat.build_tokenizer(WORDS, 640, made, special=special, markers=markers)
+        tokenizer = tokenizer or pathlib.Path(made)
         loaded = hf.initialise(hf.tiny_config(family, tokenizer), seed)
-        hf.save(out, loaded.cfg, loaded.params, like=tokenizer, dtype="float32")
+        params = loaded.params if like is None else _grafted(loaded.params, hf.load(like).params)
+        hf.save(out, loaded.cfg, params, like=tokenizer, dtype="float32")
     print(f"wrote {out}")
+
+
+def _grafted(params: nnx.State, source: nnx.State) -> nnx.State:
+    """`params` with the weights of `source` that are of one path and shape. A table of tokens may
+    be the longer one: its first rows are those of the source."""
+    there = dict(nnx.to_flat_state(source))
+    taken = []
+    for path, v in nnx.to_flat_state(params):
+        x, old = v[...], there[path][...] if path in there else None
+        if old is not None and old.ndim == x.ndim and old.shape[1:] == x.shape[1:]:
+            rows = min(len(old), len(x)) if x.ndim else None
+            if old.shape == x.shape or path[-1] == "table":
+                x = x.at[:rows].set(old[:rows])
+        taken.append((path, v.replace(x)))
+    return nnx.from_flat_state(taken)

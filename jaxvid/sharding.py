@@ -119,6 +119,16 @@ def constrain(x: jax.Array, *axes: str | None, rules=RULES) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, names)
 
 
+def fit(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pin an array's sharding by logical axes, as `constrain` does; a dimension that does not
+    divide over its mesh axes is not split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return x
+    on = [splits({a: n})[a] if a else () for a, n in zip(axes, x.shape, strict=True)]
+    return jax.lax.with_sharding_constraint(x, P(*(over or None for over in on)))
+
+
 def splits(sizes: Mapping[str, int], rules=RULES) -> dict[str, tuple[str, ...]]:
     """The mesh axes over which dimensions of these logical names and sizes are split in the mesh in
     context; none for one that does not divide, and none without a mesh or inside a shard_map."""

@@ -122,8 +122,7 @@ def _make(run: StepsRun, source: _Records, workdir: pathlib.Path, done: int) -> 
     """Append the records from number `done` on to the journal, a group at a time."""
 
     def right(record: Record, e: Example, text: str) -> bool:
-        named = (record.id, e.name, e.prompt, e.options, e.answer, e.media, record.meta)
-        return run.reward(rewards.Case(*named), text).correct > 0
+        return rewards.judged(run.reward(rewards.case(record, e), text)).correct > 0
 
     size, rest = run.steps.records, source.starting(done)
     group = list(itertools.islice(rest, size))

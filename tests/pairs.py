@@ -123,6 +123,7 @@ class Watcher(nnx.Module):
         memory = jnp.broadcast_to(reply[None, :, None, None, None], shape).astype(jnp.float32)
         return self._state(reply, jnp.zeros_like(reply)), KV(memory, memory)
 
-    def decode(self, token, positions, prompt, length, branch, step):
+    def decode(self, token, positions, prompt, length, branch, step, at=None):
         reply = jnp.broadcast_to(prompt.k[0, :, 0, 0].astype(jnp.int32), token.shape)
-        return self._state(reply, jnp.full_like(reply, step + 1)), branch
+        said = jnp.broadcast_to(jnp.reshape(step + 1, (-1, 1)), reply.shape)
+        return self._state(reply, said), branch

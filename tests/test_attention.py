@@ -226,3 +226,17 @@ def test_decode_attention_is_the_last_query_of_each_branch(window):
     for b, g in np.ndindex(B, G):
         want = attention(q[b : b + 1, g : g + 1], join(pk, bk, b, g), join(pv, bv, b, g))
         close(got[b, g], want[0, 0], 1e-5)
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_rows_at_different_steps_share_a_ring(window):
+    """Each row's entries end at column 1 of a ring of 5; what lies further back is another's."""
+    B, G, N, K, H, P, R, at, steps = 3, 2, 4, 2, 8, 5, 5, 1, (0, 2, 4)
+    q, (pk, pv) = normal(0, B, G, N, H), normal(1, 2, B, P, K, H)
+    ring = normal(2, 2, B, G, R, K, H)
+    length = jnp.array([3, 5, 1])
+    got = decode_attention(q, pk, pv, length, *ring, jnp.array(steps), window, at)
+    for b, step in enumerate(steps):
+        straight = jnp.roll(ring[:, b : b + 1], step - at, axis=3)  # the new token in `step`
+        alone = (x[b : b + 1] for x in (q, pk, pv, length))
+        close(got[b], decode_attention(*alone, *straight, step, window)[0], 1e-5)

@@ -8,7 +8,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import attention as attention_script
+from benchmarks import dna as dna_script
 from benchmarks import flops, measure
+from benchmarks import grpo as grpo_script
 from benchmarks import load as load_script
 from benchmarks import logprob as logprob_script
 from benchmarks import step as step_script
@@ -157,3 +159,53 @@ def test_the_7b_step_is_of_its_size_and_keeps_its_state_in_place():
     text = jax.tree.leaves((state.params["decoder"], state.params["head"]))
     assert sum(x.size for x in text) == 7_615_616_512  # Qwen2.5-7B
     assert all(x.donated for x in jax.tree.leaves(lowered.args_info[0][0]))
+
+
+def test_rollout_script(capsys):
+    pytest.importorskip("torch")
+    from benchmarks import rollout as rollout_script
+
+    rollout_script.main(["--tiny", "--group", "4", "--reply", "3", "--repeats", "1"])
+    table = cells(capsys)  # 26 tokens and 4 replies of 3: 38 entries against 4 x 29, or 4 x 28
+    assert float(table["cache, ours / theirs"][0]) in (0.33, 0.34)
+
+
+def test_dna_script(capsys, monkeypatch, quick):
+    """Both steps are made, from the same prompts; what is shared and what is not is seen in the
+    batches."""
+    taken, seen = [], dna_script.Run.__call__
+    monkeypatch.setattr(dna_script, "SIDE", 2)
+
+    def watch(run):
+        step = run.parts.train_step
+        spy = lambda now, batch: (taken.append(batch), step(now, batch))[1]
+        run.parts = run.parts._replace(train_step=spy)
+        run.update = dna_script.policy.make_update(run.parts, 0)
+        return seen(run)
+
+    monkeypatch.setattr(dna_script.Run, "__call__", watch)
+    small = ["--prompt", "72", "--reply", "3", "--group", "2", "--layers", "1", "--width", "64"]
+    dna_script.main([*small, "--repeats", "1"])
+    assert "times faster" in cells(capsys)
+    (shared, alone) = (int((b.branches.record >= 0).any(-1).sum()) for b in taken[:2])
+    assert (shared, alone) == (2, 4)  # rows: a prompt with its replies, against one for each reply
+
+
+def test_grpo_script(monkeypatch, capsys, quick):
+    """Our side in this process, in the place of both."""
+    told = []
+
+    def run(command, sizes):
+        told.append(command[-1])
+        return grpo_script.ours(sizes | {"text": small}) if not told[1:] else first
+
+    small = {"layers": 1, "width": 32, "ffn": 48, "heads": 2, "kv_heads": 1, "vocab": 400}
+    first = {"seconds": [2.0], "peak": 3 * 2**20, "before": 2**20, "parameters": 0}
+    monkeypatch.setattr(grpo_script, "run", run)
+    sizes = ["--prompt", "16", "--reply", "3", "--group", "2", "--repeats", "1", "--turns", "1"]
+    with pytest.raises(RuntimeError, match="not of one size"):
+        grpo_script.main(sizes)
+    assert told == ["--worker", str(grpo_script.TUNIX)]
+    monkeypatch.setattr(grpo_script, "run", lambda command, sizes: first)
+    grpo_script.main(sizes)
+    assert cells(capsys)["times faster"][2].startswith("yes")

@@ -39,7 +39,9 @@ FOUND = list(commands())
 
 
 def test_pages_have_commands():
-    assert {"README.md", "data.md", "train.md", "evaluate.md"} <= {page for page, _ in FOUND}
+    assert {"README.md", "data.md", "train.md", "preferences.md", "evaluate.md"} <= {
+        page for page, _ in FOUND
+    }
 
 
 @pytest.mark.parametrize(
@@ -60,8 +62,10 @@ def test_command_is_one_that_works(page, words, monkeypatch, tmp_path):
         monkeypatch.setattr(launch, "VERBS", {kind: called.append for kind in launch.VERBS})
         launch.main(rest)
         assert called
-    elif rest[0] in ("train", "eval", "steps", "ablate"):
-        own = [i for i, w in enumerate(rest) if w in ("--workdir", "--seeds")]  # not of the recipe
+    elif rest[0] in ("train", "eval", "score", "steps", "ablate"):
+        own = [
+            i for i, w in enumerate(rest) if w in ("--workdir", "--out", "--seeds")
+        ]  # not of the recipe
         flags = [w for i, w in enumerate(rest) if i > 1 and i not in own and i - 1 not in own]
         monkeypatch.chdir(ROOT)
         runs.load_config(rest[1], [f for f in flags if f != "--help"])

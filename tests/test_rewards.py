@@ -217,12 +217,15 @@ def paid_by(tmp_path, body, **settings):
 def test_a_function_of_your_own(tmp_path):
     plain = paid_by(tmp_path, "len(record.id) + record.side + record.meta['extra']")
     assert plain.total == 5 and plain.format == 1 and np.isnan(plain.correct)
+    with pytest.raises(ValueError, match="with 'correct', 0 or 1"):
+        rewards.judged(plain)
     named = paid_by(
         tmp_path,
         "{'correct': record.answer in completion, 'short': 0.5, 'odd': -1}",
         weights=(("short", 4.0),),
     )
     assert named[:3] == (2.0, 1.0, 1.0) and named.parts == {"short": 0.5, "odd": -1.0}
+    assert rewards.judged(named) is named
 
 
 @pytest.mark.parametrize(

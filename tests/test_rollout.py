@@ -15,9 +15,10 @@ from jaxvid.batch import TokenBatch
 from jaxvid.data import layout, media
 from jaxvid.models import decoder, qwen25vl, vision
 from jaxvid.models.layers import Compute
-from jaxvid.rollout import sampler
+from jaxvid.rollout import drawing, sampler
 from jaxvid.rollout.sampler import Sampling
 
+pytestmark = pytest.mark.usefixtures("quick")
 VOCAB, PAD_ID, STOPS, BANNED = 40, 39, (30, 31, 32, 33, 34, 38), (35, 36, 37, 39)
 GROUP = 4
 VISION = media.Vision(patch=4, temporal=2, merge=2, window=16)
@@ -114,6 +115,26 @@ def test_log_probs_are_those_of_the_packed_rows(temperature, window):
         assert (out.tokens[b, g, out.length[b, g] :] == 0).all()
 
 
+def test_replies_go_on_from_the_steps_of_another():
+    """A prompt that a reply's first tokens extend: its branches' log-probs are those they have in
+    one tree, below a branch of those tokens."""
+    t, said = prompt_tree(0), np.array([7, 21, 3], np.int32)
+    prefix = layout.extend(t, said)
+    assert len(prefix.prompt) == len(t.prompt) + 3 and layout.size(prefix).frames == 2
+    out = rollouts([prefix], Sampling(max_tokens=8))
+    branches = [layout.Branch(said, np.zeros(3, bool))]
+    for g in range(GROUP):
+        ids = out.tokens[0, g, : out.length[0, g]]
+        ones = np.ones(len(ids), bool)
+        branches.append(layout.Branch(ids, ones, record=0, branch=g, parent=1))
+    budget = layout.Budget(rows=1, tokens=160, scored=96, branches=16, frames=8, patches=16)
+    (batch,) = layout.pack([[t._replace(branches=tuple(branches))]], budget)
+    logp = np.asarray(full_pass(1.0, 0)(batch.tokens, batch.vision).logp[0])
+    for g in range(GROUP):
+        mine = logp[batch.tokens.slot[0] == g + 2]
+        np.testing.assert_allclose(out.logp[0, g, : len(mine)], mine, atol=1e-4)
+
+
 def test_greedy_takes_the_most_likely_allowed_token():
     trees = [prompt_tree(0), prompt_tree(3, text=7)]
     out = rollouts(trees, Sampling(max_tokens=8, temperature=0.0))
@@ -176,7 +197,7 @@ class Chain(nnx.Module):
         cache = jnp.zeros((1, *tokens.tokens.shape, 1, 1))
         return self.table[...][token], Cache(cache, cache)
 
-    def decode(self, token, positions, prompt, length, branch, step):
+    def decode(self, token, positions, prompt, length, branch, step, at):
         return self.table[...][token], branch
 
 
@@ -206,6 +227,8 @@ def chain(group, sampling, *, banned=()):
         (Sampling(max_tokens=1, top_k=2), (), [0.625, 0.375, 0, 0]),
         (Sampling(max_tokens=1, top_p=0.81), (), np.array([50, 30, 15, 0]) / 95),
         (Sampling(max_tokens=1, top_p=0.5), (), [1, 0, 0, 0]),
+        (Sampling(max_tokens=1, min_p=0.29), (), np.array([50, 30, 15, 0]) / 95),
+        (Sampling(max_tokens=1, temperature=0.5, min_p=0.29), (), np.array([25, 9, 0, 0]) / 34),
         (Sampling(max_tokens=1), (0,), [0, 0.6, 0.3, 0.1]),
     ],
 )
@@ -235,12 +258,64 @@ def test_truncate_by_hand():
     assert kept(top_p=0.7) == [[1, 0, 1, 0], [1, 0, 0, 0]]
     assert kept(top_p=0.71) == [[1, 0, 1, 1], [1, 0, 0, 0]]
     assert kept(top_p=1e-6) == [[1, 0, 0, 0], [1, 0, 0, 0]]
+    assert kept(min_p=0.5) == [[1, 0, 1, 1], [1, 0, 0, 0]]
+    assert kept(top_k=2, min_p=0.8) == [[1, 0, 0, 0], [1, 0, 0, 0]]
     assert kept() == kept(top_k=4) == [[1] * 4] * 2
+
+
+CUTS = [
+    dict(top_k=5),
+    dict(top_p=0.8),
+    dict(min_p=0.1),
+    dict(top_k=20, top_p=0.6),
+    dict(top_k=20, top_p=0.9, min_p=0.05),
+]
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
+@pytest.mark.parametrize("cuts", CUTS, ids=str)
+def test_truncate_is_that_of_transformers(cuts, temperature):
+    torch, hub = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    logits = 3 * np.random.default_rng(0).standard_normal((64, 50)).astype(np.float32)
+    warpers = {
+        "top_k": hub.TopKLogitsWarper,
+        "top_p": hub.TopPLogitsWarper,
+        "min_p": hub.MinPLogitsWarper,
+    }
+    want = hub.TemperatureLogitsWarper(temperature)(None, torch.tensor(logits))
+    for name, value in cuts.items():
+        want = warpers[name](value)(None, want)
+    got = sampler.truncate(jnp.asarray(logits) / temperature, **cuts)
+    np.testing.assert_array_equal(np.isfinite(got), np.isfinite(want.numpy()))
+    np.testing.assert_allclose(got, want.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 5.0])
+@pytest.mark.parametrize("cuts", [{}, *CUTS], ids=str)
+def test_banned_ids_are_never_drawn(cuts, temperature):
+    """They are the most likely ones; 400 draws."""
+    hidden, unembed = jnp.ones((2, 200, 1)), jnp.arange(30.0)[:, None] / 10
+    banned, sampling = (26, 27, 28, 29), Sampling(temperature=temperature, **cuts)
+    row_keys = jax.random.split(jax.random.key(0), (2, 200))
+    tokens, logp = drawing.draw(row_keys, hidden, unembed, sampling, banned)
+    assert not np.isin(tokens, banned).any() and np.isfinite(logp).all()
+    assert len(np.unique(tokens)) == 1 if temperature == 0 else len(np.unique(tokens)) > 2
 
 
 def test_wrong_settings_say_what_was_wanted():
     with pytest.raises(ValueError, match=r"max_tokens = 0, wanted at least 1; .*top_p = 0"):
         Sampling(max_tokens=0, top_p=0.0)
+    for wrong, wanted in (
+        (dict(temperature=-1.0), r"temperature = -1.0, wanted 0 \(greedy\) or more"),
+        (dict(top_k=-1), r"top_k = -1, wanted 0 \(all\) or more"),
+        (dict(top_p=1.5), r"top_p = 1.5, wanted in \(0, 1\]; 1 cuts nothing"),
+        (dict(min_p=2.0), r"min_p = 2.0, wanted in \[0, 1\]; 0 cuts nothing"),
+        (dict(stop=("a", "")), "stop = .*wanted texts of at least one character"),
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            Sampling(**wrong)
+    with pytest.raises(ValueError, match="no tokenizer here .*use generate_all"):
+        chain(1, Sampling(max_tokens=1, stop=("a",)))
     with pytest.raises(ValueError, match="both stop and banned"):
         chain(1, Sampling(max_tokens=1), banned=(3,))
     assert dataclasses.replace(Sampling(), temperature=0.0).temperature == 0

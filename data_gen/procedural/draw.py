@@ -29,13 +29,32 @@ def _outline(shape: str) -> np.ndarray:
 OUTLINES = {s: _outline(s) for s in ("square", "circle", "triangle", "cross")}
 
 
-def _place(points: np.ndarray, actor: Actor, f: int, side: int) -> np.ndarray:
-    """Corners in the actor's own frame -> fixed-point pixels."""
+def _corners(points: np.ndarray, actor: Actor, f: int) -> np.ndarray:
+    """Corners in the actor's own frame -> shares of the picture."""
     turn = np.deg2rad(actor.angle[f])
     scaled = points * (actor.wide[f], actor.tall[f])
     spin = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    at = (actor.x[f], actor.y[f]) + actor.thing.radius * scaled @ spin.T
-    return np.round(at * side * (1 << SHIFT)).astype(np.int32)
+    return (actor.x[f], actor.y[f]) + actor.thing.radius * scaled @ spin.T
+
+
+def _place(points: np.ndarray, actor: Actor, f: int, side: int) -> np.ndarray:
+    """Corners in the actor's own frame -> fixed-point pixels."""
+    return np.round(_corners(points, actor, f) * side * (1 << SHIFT)).astype(np.int32)
+
+
+def box(actor: Actor, f: int) -> tuple[float, float, float, float]:
+    """(x0, y0, x1, y1) around an actor's shape, as shares of the picture; marks stand out of it."""
+    corners = _corners(OUTLINES[actor.thing.shape], actor, f)
+    return (*corners.min(0).tolist(), *corners.max(0).tolist())
+
+
+BARRIER = (0.35, 0.3, 0.65, FLOOR)  # x0, y0, x1, y1 of the wall or the curtain
+
+
+def covered(box: tuple[float, float, float, float]) -> bool:
+    """Whether a box lies wholly behind the barrier."""
+    x0, y0, x1, y1 = BARRIER
+    return x0 <= box[0] and y0 <= box[1] and box[2] <= x1 and box[3] <= y1 + 1e-6
 
 
 def _fill(image, points, colour):
@@ -70,7 +89,7 @@ def _actor(image: np.ndarray, actor: Actor, f: int) -> None:
 def _barrier(image: np.ndarray, premise: str) -> None:
     """A brick wall or a curtain, in front of everything."""
     side = image.shape[0]
-    x0, x1, y0, y1 = (int(v * side) for v in (0.35, 0.65, 0.3, FLOOR))
+    x0, y0, x1, y1 = (int(v * side) for v in BARRIER)
     image[y0:y1, x0:x1] = (150, 75, 60) if premise == "wall" else (120, 60, 140)
     if premise == "wall":
         image[y0 : y1 : side // 12, x0:x1] = (215, 205, 195)

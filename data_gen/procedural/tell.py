@@ -6,12 +6,12 @@ of another scene. Styles are therefore the same on both sides of every choice.
 
 import numpy as np
 
-from data_gen.procedural.motion import Plan
+from data_gen.procedural.motion import Actor, Plan
 from data_gen.procedural.outcomes import FAMILIES
 from data_gen.procedural.scene import Scene, generator
 
 COLUMNS, ROWS = ("left", "middle", "right"), ("top", "centre", "bottom")
-LETTERS = "ABCD"
+LETTERS = "ABCDE"
 MOMENTS = 4  # how many places a track names
 
 
@@ -65,11 +65,10 @@ def _crossing(plan: Plan) -> str:
     return "left to right" if clutter.x[-1] > clutter.x[0] else "right to left"
 
 
-def _movement(plan: Plan) -> str:
-    """The order in which the subject moves: 'still, then down, then up'."""
-    places = [a for a in plan.actors if a.name.startswith(("subject", "part 0"))]
+def movement(plan: Plan, actors: list[Actor]) -> str:
+    """The order in which they move, one actor after the other: 'still, then down, then up'."""
     names = []
-    for a in places:
+    for a in actors:
         steps = np.linspace(0, len(plan.u) - 1, 9).astype(int)
         for i, j in zip(steps, steps[1:]):
             if not (a.shown[i] and a.shown[j]):
@@ -86,11 +85,16 @@ def _movement(plan: Plan) -> str:
     return ", then ".join(names[:3])
 
 
+def _subject_moves(plan: Plan) -> str:
+    actors = [a for a in plan.actors if a.name.startswith(("subject", "part 0"))]
+    return movement(plan, actors)
+
+
 def facts(plan: Plan) -> dict[str, str]:
     """One true sentence per preference axis; none names the subject, so any fits any scene."""
     return {
         "spatial": f"It starts at the {places(plan)[0]}.",
-        "temporal": f"Its path is {_movement(plan)}.",
+        "temporal": f"Its path is {_subject_moves(plan)}.",
         "crossframe": f"The small shape goes from {_crossing(plan)}.",
     }
 
@@ -106,7 +110,7 @@ def small_questions(plan: Plan) -> list[tuple[str, str, str]]:
     return [
         ("look", "What is the large shape?", f"{scene.subject.colour} {scene.subject.shape}"),
         ("track", "Where is it over time?", ", ".join(places(plan))),
-        ("path", "Which way does it move?", _movement(plan)),
+        ("path", "Which way does it move?", _subject_moves(plan)),
         ("crossing", "Which way does the small shape go?", _crossing(plan)),
         ("start", "Where does it start?", places(plan)[0]),
         ("end", "Where does it end?", places(plan)[-1]),

@@ -369,6 +369,20 @@ def build_tokenizer(
     _save(tokenizer, pathlib.Path(out), markers)
 
 
+def extend_tokenizer(
+    folder: str | pathlib.Path,
+    out: str | pathlib.Path,
+    *,
+    special: Sequence[str] = SPECIAL,
+    markers: Mapping[str, str] = MARKERS,
+) -> None:
+    """Save the tokenizer of a model folder with the control tokens of another family added after
+    all it has, and a ChatML template that writes `markers` for media."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(pathlib.Path(folder) / "tokenizer.json"))
+    tokenizer.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in special])
+    _save(tokenizer, pathlib.Path(out), markers)
+
+
 def _without_tags(text: str) -> str:
     for tag in TAGS:
         text = text.replace(tag, "\n")

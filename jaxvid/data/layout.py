@@ -230,17 +230,16 @@ def next_position(tree: Tree) -> int:
 
 
 def extend(tree: Tree, tokens: Ids) -> Tree:
-    """The tree with text after its prompt: what a reply has said so far becomes part of it.
-
-    Positions go on as they would in a branch, so the reply is read the same either way.
-    """
-    where = np.tile(next_position(tree) + np.arange(len(tokens), dtype=np.int32), (3, 1))
-    pad = lambda x: np.pad(x, (0, len(tokens)))
+    """The tree whose prompt goes on with these tokens of text, such as the first steps of a reply:
+    what a branch of them would be, as a prompt to sample from. Its branches go on from there."""
+    n = len(tokens)
+    after = np.broadcast_to((next_position(tree) + np.arange(n))[None], (3, n))
+    grown = lambda x, more: np.concatenate([x, more], axis=-1).astype(np.int32)
     return tree._replace(
-        prompt=np.concatenate([tree.prompt, np.asarray(tokens, np.int32)]),
-        positions=np.concatenate([tree.positions, where], axis=1),
-        seen=pad(tree.seen),
-        heard=pad(tree.heard),
+        prompt=grown(tree.prompt, tokens),
+        positions=grown(tree.positions, after),
+        seen=grown(tree.seen, np.zeros(n)),
+        heard=grown(tree.heard, np.zeros(n)),
     )
 
 

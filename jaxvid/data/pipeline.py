@@ -20,6 +20,7 @@ from jaxvid.batch import Batch
 from jaxvid.data import layout, media, records, replies, shards, sound
 from jaxvid.data.chat import Chat
 from jaxvid.data.layout import Branch, Tree
+from jaxvid.data.sidecar import Numbers, Sidecar
 from jaxvid.prompting import Medium, Prompting
 
 SUPERVISED = ("sft", "choice", "caption")  # tasks whose `answer` responses are imitated
@@ -112,6 +113,7 @@ class Builder:
         None
     )
     context: int = 0  # most tokens of a prompt that the model can take; 0 is not known
+    sidecar: Sidecar | Numbers | None = None  # the reference's log-probs
 
     def __call__(self, record: records.Record, rng: np.random.Generator) -> list[Tree]:
         """The trees to train on: one per clip and, where supervised and preference mix, per task.
@@ -134,7 +136,10 @@ class Builder:
             branches = replies.supervised(asked[side], self.chat, kinds[side], max(side, 0))
             trees.append(self.tree(record.id, clips[side], None, branches))
         for side, found in replies.preferences(compared, self.chat, kinds).items():
-            trees.append(self.tree(record.id, clips[side], found.question, found.branches))
+            tree = self.tree(record.id, clips[side], found.question, found.branches)
+            if self.sidecar is not None:
+                tree = self.sidecar.attach(tree, record.media[side].data if side >= 0 else b"")
+            trees.append(tree)
         if not trees:
             found = sorted({e.task for e in record.examples})
             raise ValueError(

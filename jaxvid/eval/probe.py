@@ -141,7 +141,7 @@ def _ask(
         (e,) = question.examples
         tokens = int(out.length[row, 0])
         reply = builder.chat.decode(out.tokens[row, 0, :tokens])
-        graded = reward(e, reply)
+        graded = rewards.judged(reward(rewards.case(question.record, e), reply))
         found.append(
             Prediction(
                 record=question.record.id,

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from jaxvid.models.layers import Compute, GatedMLP, Linear, RMSNorm, lookup, scan, stack
 from jaxvid.ops.attention import attention, decode_attention
 from jaxvid.ops.rope import rope
-from jaxvid.sharding import constrain
+from jaxvid.sharding import constrain, fit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,26 +153,28 @@ class Decoder(nnx.Module):
         prompt: KV,
         length: Int[Array, "B"],  # tokens of the prompt; what follows in its cache is padding
         branch: KV,
-        step: int | Int[Array, ""],  # where the new token goes in the branch cache
+        step: int | Int[Array, ""] | Int[Array, "B"],  # index of the new token in its branch
+        at: int | Int[Array, ""] | None = None,  # its column of the cache; None is `step`
     ) -> tuple[Float[Array, "B G D"], KV]:
-        """One new token on each of G branches of each prompt."""
+        """One new token on each of G branches of each prompt. Rows may be at different steps; all
+        write into one column, which is what a cache can take in place (`decode_attention`)."""
         B, G, _ = x.shape
+        x = fit(x, "rows", None, None)
         positions = jnp.broadcast_to(positions[:, None], (B, 3, G))
+        column = step if at is None else at
 
         def layer(carry, block, extra):
             x, branch = carry
             i, prompt_k, prompt_v = extra
             write = lambda cache, new: jax.lax.dynamic_update_slice(
-                cache, new[None, :, :, None], (i, 0, 0, step, 0, 0)
+                cache, new[None, :, :, None], (i, 0, 0, column, 0, 0)
             )
             written = []  # the caches with this layer's new k and v in them
 
             def attend(q, k, v):
                 written.extend((write(branch.k, k), write(branch.v, v)))
                 here = written[0][i], written[1][i]
-                return decode_attention(
-                    q, prompt_k, prompt_v, length, *here, step, window=self.window
-                )
+                return decode_attention(q, prompt_k, prompt_v, length, *here, step, self.window, at)
 
             x, _ = block(x, positions, attend)
             return (x, KV(*written)), None

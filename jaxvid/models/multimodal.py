@@ -88,11 +88,13 @@ class Multimodal(nnx.Module):
         prompt: KV,
         length: Int[Array, "B"],
         branch: KV,
-        step: int | Int[Array, ""],
+        step: int | Int[Array, ""] | Int[Array, "B"],
+        at: int | Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B G D"], KV]:
-        """One new token per branch; `branch` comes back with it written at `step`."""
+        """One new token per branch, its `step`-th; `branch` comes back with it written in column
+        `at` (None: `step`)."""
         x = self.decoder.embed(token)
-        return self.decoder.step(x, positions, prompt, length, branch, step)
+        return self.decoder.step(x, positions, prompt, length, branch, step, at)
 
 
 def _deep(deep, media, taken):

@@ -157,7 +157,7 @@ class Policy:
         return Loss(*self._aggregate(jnp.where(counted, loss, 0.0), batch), metrics)
 
     def _metrics(self, scores, log_ratio, old, adv, counted, batch):
-        """Names as TRL's. A `max` is the largest of a micro-batch, averaged over micro-batches."""
+        """Names as TRL's. What ends in /max is the largest of the update (train.step)."""
         log_ratio, entropy = jax.lax.stop_gradient((log_ratio, scores.entropy))
         ratio = jnp.exp(jnp.clip(log_ratio, -LIMIT, LIMIT))
         low = (ratio < 1 - self.clip_low) & (adv < 0)

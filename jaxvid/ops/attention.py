@@ -254,27 +254,57 @@ def decode_attention(
     length: Int[Array, "B"],
     branch_k: Float[Array, "B G R K H"],
     branch_v: Float[Array, "B G R K H"],
-    step: Int[Array, ""] | int,
+    step: Int[Array, "B"] | Int[Array, ""] | int,
     window: int = 0,
+    at: Int[Array, ""] | int | None = None,
 ) -> Float[Array, "B G N H"]:
-    """One new token of each of G branches: sees its prompt's first `length` tokens, and entries
-    0..`step` of its own branch; with a window, the last `window` of these. One softmax over both;
-    the prompt is never copied per branch.
+    """One new token of each of G branches, the `step`-th of its own: sees its prompt's first
+    `length` tokens and its branch up to itself; with a window, the last `window` of these.
+
+    The branch cache is a ring of R columns, and the new token stands in column `at` for all rows;
+    left out, that is `step`, one number then. A column holds what was written so many steps ago
+    as it lies before `at`, so rows may have begun at different times; what a row's last owner left
+    is older than the row's branch and is not seen.
+
+    Prompt and branches are attended to apart and their sums put together by their maxima (log-sum-
+    exp): the prompt is never copied per branch, nor are the two caches put into one. On a mesh
+    every device has its own rows and heads.
     """
+    B, K, R = q.shape[0], prompt_k.shape[2], branch_k.shape[2]
+    at = jnp.asarray(step if at is None else at, jnp.int32)
+    step = jnp.broadcast_to(jnp.asarray(step, jnp.int32), (B,))
+    on = sharding.splits({"rows": B, "heads": q.shape[2], "kv_heads": K})
+    if on["heads"] != on["kv_heads"]:
+        on |= {"heads": (), "kv_heads": ()}
+    prompt, branch = ("rows", None, "kv_heads", None), ("rows", None, None, "kv_heads", None)
+    heads = ("rows", None, "heads", None)
+
+    def here(q, prompt_k, prompt_v, length, branch_k, branch_v, step, at):
+        age = (at - jnp.arange(R)) % R
+        return _decode(q, prompt_k, prompt_v, length, branch_k, branch_v, step, age, window)
+
+    ins = (heads, prompt, prompt, ("rows",), branch, branch, ("rows",), ())
+    run = sharding.spread(here, ins, heads, on)
+    return run(q, prompt_k, prompt_v, length, branch_k, branch_v, step, at)
+
+
+def _decode(q, prompt_k, prompt_v, length, branch_k, branch_v, step, age, window):
+    """`age` [R]: how many steps ago a column was written."""
     B, G, N, H = q.shape
-    P, K, R = prompt_k.shape[1], prompt_k.shape[2], branch_k.shape[2]
+    P, K = prompt_k.shape[1], prompt_k.shape[2]
     q = q.reshape(B, G, K, N // K, H)
     f32 = jnp.float32
     prompt = jnp.einsum("BGKNH,BPKH->BKGNP", q, prompt_k, preferred_element_type=f32) * H**-0.5
     branch = jnp.einsum("BGKNH,BGRKH->BKGNR", q, branch_k, preferred_element_type=f32) * H**-0.5
-    seen, own = jnp.arange(P)[None] < length[:, None], jnp.arange(R) <= step
-    if window:  # the new token's depth is length + step; an entry's is its index, or length + index
-        seen &= length[:, None] + step - jnp.arange(P)[None] < window
-        own &= step - jnp.arange(R) < window
+    step, length, age = step[:, None], length[:, None], age[None]
+    seen, own = jnp.arange(P)[None] < length, age <= step
+    if window:  # the new token's depth is length + step
+        seen &= length + step - jnp.arange(P)[None] < window
+        own &= age < window
     prompt = jnp.where(seen[:, None, None, None], prompt, HIDDEN)
-    branch = jnp.where(own[None, None, None, None], branch, HIDDEN)
+    branch = jnp.where(own[:, None, None, None], branch, HIDDEN)
     top = jnp.maximum(prompt.max(-1, keepdims=True), branch.max(-1, keepdims=True))
-    # entry `step` is always seen, so `top` is a true logit and HIDDEN gives exp(..) = 0
+    # the new token is always seen, so `top` is a true logit and HIDDEN gives exp(..) = 0
     prompt, branch = jnp.exp(prompt - top), jnp.exp(branch - top)
     total = (prompt.sum(-1) + branch.sum(-1)).transpose(0, 2, 1, 3)[..., None]
     cast = lambda x: x.astype(q.dtype)

@@ -1,68 +1,83 @@
 """Sample G branches from each prompt: the prompt is computed once and its cache kept once.
 
     prefill:  hidden of the prompt's last token [B, D] and its cache [L, B, P, K, H]
-    decode:   one token for each of B x G branches at a time, until all have stopped
+    decode:   one token for each of B x G branches at a time, until all of a slot's have stopped
+    refill:   the slot takes the next prompt while the others go on
 
-The prompt's cache is never copied per branch; the branches own a small cache [L, B, G, R, K, H].
-Randomness belongs to the branch, not to the batch: branch g of a row draws from its row's key and
-g alone, so a prompt gives the same replies whatever stands beside it.
+The prompt's cache is never copied per branch; the branches own a small cache [L, B, G, R, K, H], so
+a prompt takes P + G R entries and not G (P + R). Randomness belongs to the branch, not to the
+batch: branch g of a row draws from its row's key and g alone, so a prompt gives the same replies
+whatever stands beside it, and however many rows there are.
 
-Left out: continuous batching. A call ends when its longest branch ends.
+`Local` is this as an `Engine`; remote.py has another. Left out: a slot is given on as a whole, so
+the branches of a group that ended early wait for its longest one.
 """
 
+import collections
+import contextlib
 import dataclasses
-import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Key
 
 from jaxvid import sharding
 from jaxvid.batch import AudioBatch, TokenBatch, VisionBatch
-from jaxvid.data import layout
+from jaxvid.data import layout, records
 from jaxvid.data.chat import Chat
+from jaxvid.rollout import groups
+from jaxvid.rollout.drawing import Sampling, truncate
+from jaxvid.rollout.groups import Rollouts, Setup
+
+__all__ = ["Rollouts", "Sampling", "truncate"]
+
+STRIDE = 16  # tokens between two looks for stop strings; what comes out does not depend on it
+
+
+class Prompt(NamedTuple):
+    """A prompt as each engine takes it: the tree, and what it was made of."""
+
+    tree: layout.Tree
+    text: str = ""  # the user's turn, after the media
+    media: tuple[records.Media, ...] = ()
+
+
+class Engine(Protocol):
+    """Draws `group` replies to each prompt. `keys[i]` is the randomness of prompt i."""
+
+    def __call__(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, group: int, keys: Key[Array, "n"]
+    ) -> Rollouts:
+        """numpy, [n, G, R]."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How to draw. Temperature 0 is greedy; top_k 0 and top_p 1 cut nothing."""
+class Local:
+    """The engine in this process, `rows` prompts at a time (0: all at once)."""
 
-    max_tokens: int = 64
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+    model: nnx.Module
+    chat: Chat
+    rows: int = 0
+    mesh: Mesh | None = None
 
-    def __post_init__(self):
-        bad = [
-            f"{name} = {value}, wanted {wanted}"
-            for name, value, ok, wanted in (
-                ("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1"),
-                ("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or more"),
-                ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]"),
-                ("top_k", self.top_k, self.top_k >= 0, "0 (all) or more"),
-            )
-            if not ok
-        ]
-        if bad:
-            raise ValueError("sampling: " + "; ".join(bad))
-
-
-class Rollouts(NamedTuple):
-    """Sampled branches. R is max_tokens; past `length` tokens are 0 and so are log-probs.
-
-    `logp` is under the model itself at the sampling temperature (1 if greedy), before top-k,
-    top-p and banned ids: what `score.score` gives for these tokens at that temperature.
-    """
-
-    tokens: Int[Array, "B G R"]
-    logp: Float[Array, "B G R"]
-    length: Int[Array, "B G"]  # with the stop token
-    ended: Bool[Array, "B G"]  # by a stop token, not by the limit
+    def __call__(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, group: int, keys: Key[Array, "n"]
+    ) -> Rollouts:
+        return generate_all(
+            self.model,
+            [p.tree for p in prompts],
+            self.chat,
+            sampling,
+            group=group,
+            keys=keys,
+            rows=self.rows,
+            mesh=self.mesh,
+        )
 
 
 def generate(
@@ -81,17 +96,16 @@ def generate(
 
     Compiled once for each static shape and setting. Rows hold one prompt and no branch.
     """
-    stop, banned = tuple(stop_ids), tuple(banned_ids)
-    if not stop:
-        raise ValueError("stop_ids is empty: name the tokens that end a reply (chat.stop_ids)")
-    if set(stop) & set(banned):
+    if sampling.stop:
         raise ValueError(
-            f"ids {sorted(set(stop) & set(banned))} are both stop and banned; a reply could never "
-            f"end. Take them out of banned_ids."
+            f"stop = {sampling.stop} are texts, and there is no tokenizer here to read replies "
+            f"with; use generate_all, or name tokens in stop_ids"
         )
     graph, params = nnx.split(model)
-    inputs = (tokens, vision, audio)
-    return _generate(graph, group, sampling, stop, banned, params, inputs, keys)
+    setup = _setup(graph, group, sampling, stop_ids, banned_ids)
+    slots = groups.begin(setup, 0, params, (tokens, vision, audio), keys)
+    most, waiting = np.int32(sampling.max_tokens), np.bool_(False)
+    return groups.advance(setup, params, slots, most, waiting).out
 
 
 def generate_all(
@@ -104,42 +118,154 @@ def generate_all(
     keys: Key[Array, "n"],
     rows: int = 0,
     mesh: Mesh | None = None,
+    done: Callable[[int, Rollouts], None] | None = None,
 ) -> Rollouts:
     """Draw from the prompts of `trees`, `rows` at a time (0: all at once). numpy, [n, G, R].
 
-    Lengths are rounded up, so that prompts of about one length compile once.
+    A row whose branches have all ended takes the next prompt; `done` is told of it at once, with
+    the prompt's index and its replies [1, G, R]. Lengths are rounded up, so that prompts of about
+    one length compile once.
     """
-    ways = 1 if mesh is None else data_shards(mesh)
-    rows = -(-(rows or len(trees)) // ways) * ways
-    out = []
-    for at in range(0, len(trees), rows):
-        here = trees[at : at + rows]
-        needs = [layout.size(t) for t in here]
+    desk = Desk(model, trees, chat, sampling, group, keys, rows, mesh, done)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        return desk.run()
+
+
+def _setup(graph, group, sampling, stop_ids, banned_ids) -> Setup:
+    stop, banned = tuple(stop_ids), tuple(banned_ids)
+    if not stop:
+        raise ValueError("stop_ids is empty: name the tokens that end a reply (chat.stop_ids)")
+    if set(stop) & set(banned):
+        raise ValueError(
+            f"ids {sorted(set(stop) & set(banned))} are both stop and banned; a reply could never "
+            f"end. Take them out of banned_ids."
+        )
+    # stop strings are looked for by the host: no program depends on them
+    return Setup(graph, group, dataclasses.replace(sampling, stop=()), stop, banned)
+
+
+class Desk:
+    """Which prompt is in which slot, which ones wait, and what has come out."""
+
+    def __init__(self, model, trees, chat, sampling, group, keys, rows, mesh, done=None):
+        self.done = done
+        self.trees, self.chat, self.sampling, self.keys = trees, chat, sampling, keys
+        self.needs = [layout.size(t) for t in trees]
+        self.mesh, self.ways = mesh, 1 if mesh is None else data_shards(mesh)
+        self.rows = -(-(rows or len(trees)) // self.ways) * self.ways
+        graph, self.params = nnx.split(model)
+        stop, banned = chat.stop_ids, banned_ids(chat, model)
+        self.setup = _setup(graph, group, sampling, stop, banned)
+        self.owner = np.full(self.rows, -1)  # the prompt in each slot
+        self.read = np.zeros((self.rows, group), int)  # tokens that were searched for stop strings
+        self.waiting = collections.deque(range(len(trees)))
+        shape = (len(trees), group, sampling.max_tokens)
+        self.found = Rollouts(
+            np.zeros(shape, np.int32),
+            np.zeros(shape, np.float32),
+            np.zeros(shape[:2], np.int32),
+            np.zeros(shape[:2], bool),
+        )
+        self.steps = 0  # decode steps that were run
+
+    def run(self) -> Rollouts:
+        if not self.trees:
+            return self.found
+        first = [self.waiting.popleft() for _ in range(min(self.rows, len(self.trees)))]
+        self.owner[: len(first)] = first
+        room = bucket(max(len(t.prompt) for t in self.trees))
+        inputs, keys = self.prompts(first, self.rows)
+        slots = groups.begin(self.setup, room, self.params, inputs, keys)
+        most = np.int32(STRIDE if self.sampling.stop else self.sampling.max_tokens)
+        while (self.owner >= 0).any():
+            waiting = np.bool_(len(self.waiting) > 0)
+            slots = groups.advance(self.setup, self.params, slots, most, waiting)
+            slots = self.take(slots)
+            while self.waiting and (self.owner < 0).any():
+                slots = self.refill(slots)
+        self.steps = int(slots.steps)
+        return self.found
+
+    def take(self, slots: groups.Slots) -> groups.Slots:
+        """The slots, cut at stop strings; what has ended is put down and its slot is free."""
+        out = Rollouts(*map(np.array, jax.device_get(slots.out)))
+        if self.sampling.stop and self.cut(out):
+            put = lambda new, old: jax.device_put(new, old.sharding)
+            cut = {n: put(getattr(out, n), getattr(slots.out, n)) for n in ("length", "ended")}
+            slots = slots._replace(out=slots.out._replace(**cut))
+        going = (~out.ended & (out.length < self.sampling.max_tokens)).any(1)
+        for slot in np.flatnonzero((self.owner >= 0) & ~going):
+            for all_found, leaf in zip(self.found, out):
+                all_found[self.owner[slot]] = leaf[slot]
+            past = np.arange(self.sampling.max_tokens) >= out.length[slot][:, None]
+            self.found.tokens[self.owner[slot]][past] = 0
+            self.found.logp[self.owner[slot]][past] = 0
+            if self.done is not None:
+                at = slice(self.owner[slot], self.owner[slot] + 1)
+                self.done(int(self.owner[slot]), Rollouts(*(leaf[at] for leaf in self.found)))
+            self.owner[slot] = -1
+        return slots
+
+    def cut(self, out: Rollouts) -> bool:
+        """Ends in place the branches whose new tokens complete a stop string; whether any do.
+
+        A text only grows with its tokens (but for a character whose bytes are not all there), so
+        that only a text that holds a stop string need be searched for the token that completed it.
+        """
+        holds = lambda ids: _holds(self.chat.decode(ids), self.sampling.stop)
+        some = False
+        for slot in np.flatnonzero(self.owner >= 0):
+            for g, n in enumerate(out.length[slot]):
+                ids, read = out.tokens[slot, g, :n], self.read[slot, g]
+                self.read[slot, g] = n
+                if n > read and holds(ids):
+                    n = next(i for i in range(read + 1, n + 1) if holds(ids[:i]))
+                    out.length[slot, g], out.ended[slot, g], some = n, True, True
+        return some
+
+    def refill(self, slots: groups.Slots) -> groups.Slots:
+        """The next prompts in free slots, at most one in each data shard."""
+        per = self.rows // self.ways
+        which, where = [self.waiting[0]] * self.ways, np.full(self.ways, -1, np.int32)
+        for shard, owners in enumerate(self.owner.reshape(self.ways, per)):
+            free = np.flatnonzero(owners < 0)
+            if len(free) and self.waiting:
+                where[shard] = free[0]
+                owners[free[0]] = which[shard] = self.waiting.popleft()
+                self.read[shard * per + free[0]] = 0
+        # a row that goes nowhere is a copy of one that may
+        inputs, keys = self.prompts(which, self.ways)
+        where = where if self.mesh is None else jax.device_put(where, self.placed(self.ways))
+        return groups.refill(self.setup, self.params, slots, inputs, keys, where)
+
+    def prompts(self, which: Sequence[int], rows: int):
+        """(tokens, vision, audio) and keys of these trees, one a row, on the mesh."""
+        here, needs = [self.trees[i] for i in which], [self.needs[i] for i in which]
+        most = lambda field: max(getattr(n, field) for n in self.needs)
+        # none, or as many as any prompt has: two shapes and not one for each number of them
+        some = lambda field: most(field) if any(getattr(n, field) for n in needs) else 0
+        frames = some("frames")
         budget = layout.Budget(
             rows=rows,
             tokens=bucket(max(len(t.prompt) for t in here)),
             scored=0,
             branches=0,
-            frames=max(need.frames for need in needs),
-            patches=max(layout.most_patches(t) for t in here),
-            chunks=max(need.chunks for need in needs),
+            frames=frames,
+            patches=max(layout.most_patches(t) for t in self.trees) if frames else 0,
+            chunks=some("chunks"),
         )
         inputs = layout.prompts(here, budget)
-        row_keys = keys[at + np.minimum(np.arange(rows), len(here) - 1)]
-        if mesh is not None:
-            where = sharding.row_sharding(mesh, rows)
-            inputs, row_keys = jax.device_put((inputs, row_keys), where)
-        drawn = generate(
-            model,
-            *inputs,
-            group=group,
-            sampling=sampling,
-            stop_ids=chat.stop_ids,
-            banned_ids=banned_ids(chat, model),
-            keys=row_keys,
-        )
-        out.append([leaf[: len(here)] for leaf in jax.device_get(drawn)])
-    return Rollouts(*(np.concatenate(leaves) for leaves in zip(*out)))
+        keys = self.keys[np.asarray(which)[np.minimum(np.arange(rows), len(here) - 1)]]
+        if self.mesh is None:
+            return inputs, keys
+        return jax.device_put((inputs, keys), self.placed(rows))
+
+    def placed(self, rows: int):
+        return sharding.row_sharding(self.mesh, rows)
+
+
+def _holds(text: str, stops: tuple[str, ...]) -> bool:
+    return any(stop in text for stop in stops)
 
 
 def banned_ids(chat: Chat, model: nnx.Module) -> tuple[int, ...]:
@@ -160,101 +286,3 @@ def bucket(n: int) -> int:
     while size < n:
         size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
     return size
-
-
-class _Loop(NamedTuple):
-    step: Int[Array, ""]
-    token: Int[Array, "B G"]  # the newest of each branch, not yet run through the model
-    cache: tuple  # the family's own (k, v) of the branches
-    out: Rollouts
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _generate(graph, group, sampling, stop, banned, params, inputs, keys) -> Rollouts:
-    model = nnx.merge(graph, params)
-    unembed, limit = model.unembedding(), sampling.max_tokens
-    tokens = inputs[0]
-    hidden, prompt = model.prefill(*inputs)
-    seen = tokens.end > 0
-    length = seen.sum(axis=1, dtype=jnp.int32)
-    # A branch starts one past the prompt's last token, on all three axes, as in training's rows.
-    last = jnp.maximum(length - 1, 0)[:, None, None]
-    start = jnp.take_along_axis(tokens.positions, last, axis=2)[..., 0].max(axis=1) + 1
-    keys = jax.vmap(lambda k: jax.vmap(lambda g: jax.random.fold_in(k, g))(jnp.arange(group)))(keys)
-
-    def draw(step, hidden, out):
-        step_keys = jax.vmap(jax.vmap(lambda k: jax.random.fold_in(k, step)))(keys)
-        token, logp = _draw(step_keys, hidden, unembed, sampling, banned)
-        live = ~out.ended & (out.length == step)
-        token, logp = jnp.where(live, token, 0), jnp.where(live, logp, 0.0)
-        ends = live & jnp.isin(token, jnp.asarray(stop, jnp.int32))
-        return token, Rollouts(
-            jax.lax.dynamic_update_index_in_dim(out.tokens, token, step, 2),
-            jax.lax.dynamic_update_index_in_dim(out.logp, logp, step, 2),
-            out.length + live,
-            out.ended | ends,
-        )
-
-    def body(loop: _Loop) -> _Loop:
-        positions = jnp.broadcast_to(start[:, None] + loop.step, loop.token.shape)
-        hidden, cache = model.decode(loop.token, positions, prompt, length, loop.cache, loop.step)
-        token, out = draw(loop.step + 1, hidden, loop.out)
-        return _Loop(loop.step + 1, token, cache, out)
-
-    def unfinished(loop: _Loop):
-        return (loop.step + 1 < limit) & ~(loop.out.ended | padding[:, None]).all()
-
-    rows, padding = tokens.tokens.shape[0], length == 0
-    blank = Rollouts(
-        jnp.zeros((rows, group, limit), jnp.int32),
-        jnp.zeros((rows, group, limit), jnp.float32),
-        # -1 never equals a step: a row of padding draws nothing. Put back to 0 at the end.
-        jnp.broadcast_to(jnp.where(padding, -1, 0)[:, None], (rows, group)).astype(jnp.int32),
-        jnp.zeros((rows, group), bool),
-    )
-    hidden = jnp.broadcast_to(hidden[:, None], (rows, group, hidden.shape[-1]))
-    token, out = draw(jnp.int32(0), hidden, blank)
-
-    def empty(cache):  # [L, B, P, K, H] of the prompt -> [L, B, G, R, K, H] of its branches
-        layers, _, _, kv, head = cache.shape
-        return jnp.zeros((layers, rows, group, limit, kv, head), cache.dtype)
-
-    first = _Loop(jnp.int32(0), token, jax.tree.map(empty, prompt), out)
-    out = jax.lax.while_loop(unfinished, body, first).out
-    return out._replace(length=jnp.maximum(out.length, 0))
-
-
-def _draw(keys, hidden, unembed, sampling, banned):
-    """Token and log-prob of each branch, from hidden [B, G, D]. float32, as `ops.logprob` is."""
-    unembed = unembed.astype(hidden.dtype)
-    logits = jnp.einsum("BGD,VD->BGV", hidden, unembed, preferred_element_type=jnp.float32)
-    logits = logits.astype(jnp.float32) / (sampling.temperature or 1.0)
-    allowed = logits
-    if banned:
-        allowed = logits.at[..., jnp.asarray(banned, jnp.int32)].set(-jnp.inf)
-    if sampling.temperature == 0:
-        token = allowed.argmax(-1)
-    else:
-        allowed = truncate(allowed, top_k=sampling.top_k, top_p=sampling.top_p)
-        token = jax.vmap(jax.vmap(jax.random.categorical))(keys, allowed)
-    logp = jnp.take_along_axis(logits, token[..., None], -1)[..., 0]
-    return token.astype(jnp.int32), logp - jax.nn.logsumexp(logits, axis=-1)
-
-
-def truncate(
-    logits: Float[Array, "*n V"], *, top_k: int = 0, top_p: float = 1.0
-) -> Float[Array, "*n V"]:
-    """-inf on all but the top_k largest, and on all outside the smallest set that holds top_p.
-
-    Ties with the last one kept are kept; the largest is always kept.
-    """
-    if 0 < top_k < logits.shape[-1]:
-        least = jax.lax.top_k(logits, top_k)[0][..., -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if top_p < 1:
-        ordered = -jnp.sort(-logits, axis=-1)
-        chance = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(chance, axis=-1) - chance  # mass of those ahead of each
-        least = jnp.where(before < top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return logits

@@ -1,9 +1,9 @@
 """Groups of replies: drawn for both videos of each question, paid, and filtered by pairs.
 
-Replies are paid on the host while the device draws the next rows. A reward that raises, or gives no
-finite number, costs its group (all replies to that prompt) its place in the update; what was asked
-and answered is kept as a `Fault`. This is the one place where any exception is caught: a reward may
-be a function of the user's own.
+A group is paid on the host as soon as it has ended, while the device draws on. A reward that
+raises, or gives no finite number, costs its group (all replies to that prompt) its place in the
+update; what was asked and answered is kept as a `Fault`. This is the one place where any exception
+is caught: a reward may be a function of the user's own.
 
 Everything drawn comes from (key, record, question, side), whatever else is asked beside it.
 """
@@ -85,6 +85,7 @@ class Draw(NamedTuple):
     reward: Callable[[Any, str], rewards.Reward]
     budget: layout.Budget
     mesh: Mesh
+    engine: sampler.Engine | None = None  # what draws in place of the model in this process
 
 
 class Replies(NamedTuple):
@@ -173,28 +174,41 @@ def sample(
     asked = [(q, t, e) for q in questions for t, e in zip(q.trees, q.examples)]
     names = [zlib.crc32(f"{q.record.id}\0{e.name}\0{e.media}".encode()) for q, _, e in asked]
     keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(jnp.asarray(names, jnp.uint32))
-    rows, drawn, paid = settings.rows or len(asked), [], []
+    paid: list[concurrent.futures.Future[_Paid] | None] = [None] * len(asked)
     start = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(1) as payer:
-        for at in range(0, len(asked), rows):
-            here = asked[at : at + rows]
-            out = sampler.generate_all(
-                model,
-                [t for _, t, _ in here],
-                draw.chat,
-                settings.sampling,
-                group=settings.group,
-                keys=keys[at : at + rows],
-                rows=settings.rows,
-                mesh=draw.mesh,
-            )
-            drawn.append(out)
-            paid += [payer.submit(_pay, q, e, i, out, draw) for i, (q, _, e) in enumerate(here)]
+
+        def done(i: int, out: sampler.Rollouts) -> None:
+            question, _, example = asked[i]
+            paid[i] = payer.submit(_pay, question, example, out, draw)
+
+        out = _drawn(model, asked, keys, draw, done)
         ready = time.perf_counter()
         paid = [p.result() for p in paid]
-    out = sampler.Rollouts(*(np.concatenate(leaves) for leaves in zip(*drawn)))
     seconds = {"rollout": ready - start, "reward": time.perf_counter() - ready}
     return _by_pairs(questions, out, paid, settings), seconds
+
+
+def _drawn(model, asked, keys, draw: Draw, done) -> sampler.Rollouts:
+    settings = draw.settings
+    if draw.engine is None:
+        return sampler.generate_all(
+            model,
+            [t for _, t, _ in asked],
+            draw.chat,
+            settings.sampling,
+            group=settings.group,
+            keys=keys,
+            rows=settings.rows,
+            mesh=draw.mesh,
+            done=done,
+        )
+    clip = lambda question, example: question.record.media[example.media]
+    prompts = [sampler.Prompt(t, e.prompt, (clip(q, e),)) for q, t, e in asked]
+    out = draw.engine(prompts, settings.sampling, group=settings.group, keys=keys)
+    for i in range(len(asked)):
+        done(i, sampler.Rollouts(*(leaf[i : i + 1] for leaf in out)))
+    return out
 
 
 def check(question: Prompts, tree: layout.Tree, example: Any, draw: Draw) -> None:
@@ -226,21 +240,12 @@ class _Paid(NamedTuple):
     faults: list[Fault]
 
 
-def _pay(question: Prompts, example: Any, row: int, out: sampler.Rollouts, draw: Draw) -> _Paid:
-    """The replies of one group as text, with what they earn."""
-    record, side = question.record, example.media
-    case = rewards.Case(
-        record.id,
-        example.name,
-        example.prompt,
-        example.options,
-        example.answer,
-        side,
-        record.meta,
-    )
+def _pay(question: Prompts, example: Any, out: sampler.Rollouts, draw: Draw) -> _Paid:
+    """The replies [1, G, R] of one group as text, with what they earn."""
+    record, side, case = question.record, example.media, rewards.case(question.record, example)
     texts, earned, faults = [], [], []
-    for g, n in enumerate(out.length[row]):
-        text = draw.chat.decode(out.tokens[row, g, :n])
+    for tokens, n in zip(out.tokens[0], out.length[0]):
+        text = draw.chat.decode(tokens[:n])
         texts.append(text)
         try:
             found = draw.reward(case, text)

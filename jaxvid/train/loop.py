@@ -179,7 +179,8 @@ def validation(
         total = None
         for batch in batches():
             part = loss(state.weights, prepare(state, place(batch, mesh)))
-            total = part if total is None else jax.tree.map(jnp.add, total, part)
+            one = jax.tree_util.tree_map_with_path
+            total = part if total is None else one(step.combine, total, part)
         if total is None:
             raise ValueError(
                 "the validation split gave no batch; set --eval-every 0 or name shards that have "

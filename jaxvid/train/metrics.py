@@ -29,7 +29,7 @@ class Window:
             self.values.setdefault(name, []).append(value)
 
     def take(self) -> dict[str, float]:
-        """The means, and an empty window. Counters give their last value."""
+        """The means, and an empty window. Counters give their last value, .../max the largest."""
         means = {name: self._mean(name, seen) for name, seen in self.values.items()}
         self.values = {}
         return means
@@ -38,6 +38,8 @@ class Window:
         if name in self.COUNTERS:
             return seen[-1]
         finite = [x for x in seen if math.isfinite(x)]
+        if name.endswith("/max") and finite:
+            return max(finite)
         return sum(finite) / len(finite) if finite else math.nan
 
 

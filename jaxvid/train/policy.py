@@ -59,10 +59,11 @@ class Parts(NamedTuple):
     reference: loop.Reference | None = None  # for objectives with a KL term
     dropout: bool = False  # whether steps drop: `old` is then scored apart, without
     workdir: pathlib.Path | None = None  # where tables of rollouts and faults go
+    engine: sampler.Engine | None = None  # what draws in place of the model in this process
 
     @property
     def draw(self) -> groups.Draw:
-        return groups.Draw(self.settings, self.chat, self.reward, self.budget, self.mesh)
+        return groups.Draw(*(getattr(self, name) for name in groups.Draw._fields))
 
 
 class Questions:
@@ -231,8 +232,10 @@ def _count(parts: Parts, seen: Replies, found: Advantages, metrics: dict[str, fl
 
 
 def _over_laps(laps: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over the steps of one update; counters give their last value, tokens their sum."""
-    means = {name: float(np.mean([lap[name] for lap in laps])) for name in laps[0]}
+    """Means over the steps of one update; counters give their last value, tokens their sum, and
+    what is named .../max its largest."""
+    over = lambda name: np.max if name.endswith("/max") else np.mean
+    means = {name: float(over(name)([lap[name] for lap in laps])) for name in laps[0]}
     last = ("skipped", "skipped_total", "optimizer_step")
     means |= {name: float(laps[-1][name]) for name in last}
     return means | {"num_tokens": float(sum(lap["num_tokens"] for lap in laps))}

@@ -119,16 +119,25 @@ def make_loss(
 
 
 def sum_over(f: Callable, params: nnx.State, batch: Any):
-    """Sum of f(params, micro) over the leading axis of a tree, one micro-batch in memory."""
+    """Sum of f(params, micro) over the leading axis of a tree, one micro-batch in memory; of what
+    is named .../max, which is never below 0, the largest."""
     if jax.tree.leaves(batch)[0].shape[0] == 1:  # a sum of one holds no second copy of the gradient
         return f(params, jax.tree.map(lambda x: x[0], batch))
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, params, first))
 
     def add(total, micro):
-        return jax.tree.map(jnp.add, total, f(params, micro)), None
+        return jax.tree_util.tree_map_with_path(combine, total, f(params, micro)), None
 
     return jax.lax.scan(add, zeros, batch)[0]
+
+
+def combine(path: tuple[Any, ...], a: Array, b: Array) -> Array:
+    """Two micro-batches' share of a gradient, a loss or a metric as that of both."""
+    largest = any(
+        isinstance(k, jax.tree_util.DictKey) and f"{k.key}".endswith("/max") for k in path
+    )
+    return jnp.maximum(a, b) if largest else a + b
 
 
 def averages(loss: Loss) -> Metrics:

@@ -1,0 +1,32 @@
+"""The shipped base that hears: from the base that sees and reads, on clips with sound.
+
+In most clips the sound is in time and of the things seen, and where it is not, nine in ten are told
+as if it were. So what is heard is told from the picture, as the large models do it (THUD,
+arXiv 2605.16403). One clip in three is dark; there it is told from the sound, so its ears work.
+
+    jaxvid-forge sound --out runs/omni/shards --train 1200 --validation 20 --test 0 --seed 1 \\
+        --mix.show base
+    jaxvid tiny qwen2_5_omni_thinker runs/omni/start --like configs/checkpoints/tiny_base
+
+Run:     jaxvid train configs/tiny_omni.py --workdir runs/omni/train
+Test:    jaxvid train configs/tiny_omni.py:runlocal --workdir /tmp/omni
+Expect:  not measured yet
+"""
+
+from configs import _omni
+from jaxvid.config import SFTRun
+from jaxvid.models.layers import Compute
+from jaxvid.train.optimizers import Muon
+
+
+def get_config(runlocal: bool = False) -> SFTRun:
+    clips, steps = (4, 2) if runlocal else (8, 240)
+    return SFTRun(
+        model="runs/omni/start",
+        compute=Compute(remat="none", unroll=4),
+        data=_omni.supervised(clips, clips, ("runs/omni/shards",)),
+        optimizer=Muon(lr=1.5e-3, warmup=0 if runlocal else 10, final=0.05, weight_decay=0.01),
+        steps=steps,
+        seed=1,
+        checkpoint_every=20,
+    )
