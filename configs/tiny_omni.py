@@ -10,7 +10,8 @@ arXiv 2605.16403). One clip in three is dark; there it is told from the sound, s
 
 Run:     jaxvid train configs/tiny_omni.py --workdir runs/omni/train
 Test:    jaxvid train configs/tiny_omni.py:runlocal --workdir /tmp/omni
-Expect:  not measured yet
+Expect:  training loss 0.177 at step 240; the shipped one has 300 steps more on other clips. Shift
+         and swap: original 100 %, intervened 0 (configs/checkpoints/tiny_omni/README.md)
 """
 
 from configs import _omni

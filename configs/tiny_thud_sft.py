@@ -7,7 +7,9 @@ steps are ours.
 
 Run:     jaxvid train configs/tiny_thud_sft.py --workdir runs/thud/sft
 Test:    jaxvid train configs/tiny_thud_sft.py:runlocal --workdir /tmp/thud_sft
-Expect:  not measured yet
+Expect:  with the options in a drawn order, 120 steps (seed 0, 120 test records): combined 44.2 %
+         (42.4 to 46.1) -> 47.8 (44.0 to 51.5), mute intervened 16.7 -> 78.3, shift in three classes
+         33.3 -> 34.2 (27.8 to 40.8), which is chance: when a sound comes is not learnt yet
 """
 
 from configs import _omni
