@@ -4,7 +4,7 @@ In most clips the sound is in time and of the things seen, and where it is not, 
 as if it were. So what is heard is told from the picture, as the large models do it (THUD,
 arXiv 2605.16403). One clip in three is dark; there it is told from the sound, so its ears work.
 
-    jaxvid-forge sound --out runs/omni/shards --train 1200 --validation 20 --test 0 --seed 1 \\
+    jaxvid-forge sound --out runs/omni/shards --train 3300 --validation 0 --test 0 --seed 1 \\
         --mix.show base
     jaxvid tiny qwen2_5_omni_thinker runs/omni/start --like configs/checkpoints/tiny_base
 
@@ -21,7 +21,7 @@ from jaxvid.train.optimizers import Muon
 
 
 def get_config(runlocal: bool = False) -> SFTRun:
-    clips, steps = (4, 2) if runlocal else (8, 240)
+    clips, steps = (4, 2) if runlocal else (8, 660)
     return SFTRun(
         model="runs/omni/start",
         compute=Compute(remat="none", unroll=4),
