@@ -11,7 +11,11 @@ its adapters.
 
 Run:     jaxvid train configs/tiny_thud.py --workdir runs/thud/dpo
 Test:    jaxvid train configs/tiny_thud.py:runlocal --workdir /tmp/thud
-Expect:  not measured yet
+Expect:  92 % of the preferences the right way at step 60 (seed 0, from 120 steps of SFT; 5 min on
+         two cores), and no gain: combined 73.5 % (71.4 to 75.4) -> 71.7 (69.2 to 74.2), shift in
+         three classes 73.9 -> 69.2 (64.4 to 73.9); swap original 0.8 -> 22.5, shift original 58.3
+         -> 30.8. Two replies differ in their thought already, so the letter after a right
+         thought is hardly taught; it is what fails (docs/sound.md)
 """
 
 from configs import _omni

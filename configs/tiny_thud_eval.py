@@ -3,7 +3,8 @@
 Run:     jaxvid eval configs/tiny_thud_eval.py --model runs/thud/dpo/model \\
              --workdir runs/thud/dpo/probe
 Test:    jaxvid eval configs/tiny_thud_eval.py:runlocal --workdir /tmp/thud_eval
-Expect:  not measured yet
+Expect:  1,082 questions of 180 test records (seed 0). Combined: base 50.4 % (50.0 to 51.0), SFT
+         73.5 (71.4 to 75.4), SFT and DPO 71.7 (69.2 to 74.2)
 """
 
 from configs import _omni
