@@ -53,13 +53,22 @@ Advantage = Duality | GRPO | DAPO | DrGRPO
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-    """What all kinds of training share. Counts are updates; 0 means never."""
+class Job:
+    """What every run has: a model, the data it reads, and the mesh it lies on."""
 
     model: str  # folder: config.json, weights, tokenizer, chat template
-    init: bool = False  # fresh weights; the folder gives config and tokenizer alone
     compute: Compute = Compute()
     data: Data
+    replica: int = 1  # the mesh; one of the three may be -1, which takes the devices left over
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run(Job):
+    """What all kinds of training share. Counts are updates; 0 means never."""
+
+    init: bool = False  # fresh weights; the folder gives config and tokenizer alone
     validation: Data | None = None
     ask: Ask | None = None  # also answer the validation's policy questions
     optimizer: Optimizer = AdamW()
@@ -79,9 +88,6 @@ class Run:
     best: str = "eval_loss"  # the validation metric that names the best checkpoint
     best_mode: Literal["min", "max"] = "min"
     patience: int = 5  # steps in a row without a finite loss that stop the run
-    replica: int = 1  # the mesh; one of the three may be -1, which takes the devices left over
-    fsdp: int = -1
-    tensor: int = 1
     export_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of WORKDIR/model
 
     def loop_settings(self) -> loop.Settings:
@@ -140,49 +146,29 @@ class PolicyRun(Run):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalRun:
+class EvalRun(Job):
     """Greedy answers to every pair of a split; `controls` takes the place of `ask.control`."""
 
-    model: str
-    compute: Compute = Compute()
-    data: Data
     ask: Ask = Ask()
     controls: tuple[Literal["none", "blank", "shuffled"], ...] = ("none",)  # asked one by one
-    seed: int = 0
-    replica: int = 1
-    fsdp: int = -1
-    tensor: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProbeRun:
+class ProbeRun(Job):
     """Greedy answers to every policy question of a split, each alone on its own clip."""
 
-    model: str
-    compute: Compute = Compute()
-    data: Data
     ask: Probe = Probe()
     reward: Reward = rewards.Answer()
     sound: bool = False  # also what probes of shifted, muted and swapped sound amount to
-    seed: int = 0
-    replica: int = 1
-    fsdp: int = -1
-    tensor: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StepsRun:
+class StepsRun(Job):
     """Pairs of steps, for PDPO, out of a model's own replies to the policy questions of a split."""
 
-    model: str
-    compute: Compute = Compute()
-    data: Data
     steps: Steps = Steps()
     reward: Reward = rewards.Answer()  # whose `correct` says that a reply is right
     seed: int = 0
-    replica: int = 1
-    fsdp: int = -1
-    tensor: int = 1
 
 
 AnyRun = SFTRun | PreferenceRun | PolicyRun | EvalRun | ProbeRun | StepsRun

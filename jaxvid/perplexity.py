@@ -17,7 +17,6 @@ done, so that a run that was stopped goes on, to the same numbers. Filtering by 
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import zlib
 from typing import Any, Literal, NamedTuple
@@ -28,7 +27,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
-from jaxvid import score, sharding
+from jaxvid import files, score, sharding
 from jaxvid.data import layout, media, pipeline, replies, shards
 from jaxvid.data.records import Example, Record
 from jaxvid.eval import metrics
@@ -198,27 +197,20 @@ def _tree(
     return tree
 
 
-def _bucket(n: int, least: int) -> int:
-    """The least of `least` (a power of 2) times 1, 1.5, 2, 3, 4, ... that is at least n."""
-    size = least  # two sizes an octave: a handful of shapes to compile
-    while size < n:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
-    return size
-
-
 def budget(trees: list[layout.Tree], rows: int) -> layout.Budget:
     """Rows that hold the largest of these trees."""
     most = layout.Size(*map(max, zip(*map(layout.size, trees))))
     patches = {layout.most_patches(t) for t in trees}
     group = trees[0].vision.merge ** 2
     # Frames of one size need no padding; families with frames of a fixed size have no other.
-    wide = patches.pop() if len(patches) == 1 else group * _bucket(-(-max(patches) // group), 4)
+    merged = layout.bucket(-(-max(patches) // group), 4)
+    wide = patches.pop() if len(patches) == 1 else group * merged
     return layout.Budget(
         rows=rows,
-        tokens=_bucket(most.tokens, 64),
-        scored=_bucket(most.scored, 32),
-        branches=_bucket(most.branches, 8),
-        frames=_bucket(most.frames, 4),
+        tokens=layout.bucket(most.tokens, 64),
+        scored=layout.bucket(most.scored, 32),
+        branches=layout.bucket(most.branches, 8),
+        frames=layout.bucket(most.frames, 4),
         patches=wide,
     )
 
@@ -227,7 +219,7 @@ def losses(
     graph: nnx.GraphDef, params: nnx.State, trees: list[layout.Tree], rows: int, mesh: Mesh
 ) -> list[list[tuple[int, float]]]:
     """(tokens, mean loss) of each scored branch of each tree, in order."""
-    ways = int(np.prod([mesh.shape[a] for a in sharding.RULES["rows"]]))
+    ways = sharding.data_shards(mesh)
     numbered = [
         t._replace(branches=tuple(b._replace(record=i, branch=m) for m, b in enumerate(t.branches)))
         for i, t in enumerate(trees)
@@ -307,7 +299,7 @@ def measure(
             each, faults = asked(source[i], builder, sampling, settings)
             rows, skipped = rows + each, skipped + faults
         done = scored(graph, params, rows, settings.rows, mesh)
-        _replace(part, json.dumps({"rows": done, "skipped": skipped}))
+        files.write(part, json.dumps({"rows": done, "skipped": skipped}))
         print(f"{min(start + settings.chunk, len(source))} of {len(source)} records", flush=True)
     if not (workdir / "tpl.jsonl").exists():
         _join(workdir, parts, source)
@@ -324,7 +316,7 @@ def _claim(workdir: pathlib.Path, told: dict[str, Any]) -> pathlib.Path:
         was = "; ".join(f"{k}: {before.get(k)} there, {told.get(k)} now" for k in differ)
         raise ValueError(f"{workdir} has the scores of another run ({was}); give another --workdir")
     if not path.exists():
-        _replace(path, json.dumps({"run": told}, indent=1) + "\n")
+        files.write(path, json.dumps({"run": told}, indent=1) + "\n")
     parts = workdir / "parts"
     parts.mkdir(exist_ok=True)
     return parts
@@ -332,8 +324,8 @@ def _claim(workdir: pathlib.Path, told: dict[str, Any]) -> pathlib.Path:
 
 def _join(workdir: pathlib.Path, parts: pathlib.Path, source: shards.Source) -> None:
     """The chunks as one table; then they are gone."""
-    files = sorted(parts.glob("*.json"))
-    each = [json.loads(path.read_text()) for path in files]
+    made = sorted(parts.glob("*.json"))
+    each = [json.loads(path.read_text()) for path in made]
     rows = [Row(*row) for part in each for row in part["rows"]]
     skipped = [Skipped(*row) for part in each for row in part["skipped"]]
     if not rows:
@@ -341,9 +333,9 @@ def _join(workdir: pathlib.Path, parts: pathlib.Path, source: shards.Source) -> 
             f"none of the {len(source)} records has an answer that can be scored; the first: "
             + "; ".join(f"{s.record}: {s.reason}" for s in skipped[:3])
         )
-    _replace(workdir / "skipped.jsonl", "".join(line(s) for s in skipped))
-    _replace(workdir / "tpl.jsonl", "".join(line(r) for r in rows))
-    for path in files:
+    files.write(workdir / "skipped.jsonl", "".join(line(s) for s in skipped))
+    files.write(workdir / "tpl.jsonl", "".join(line(r) for r in rows))
+    for path in made:
         path.unlink()
     parts.rmdir()
 
@@ -405,9 +397,3 @@ def page(found: Summary, settings: Settings) -> str:
 def line(row: Any) -> str:
     """A named tuple as a line of JSON."""
     return json.dumps(row._asdict(), ensure_ascii=False) + "\n"
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)

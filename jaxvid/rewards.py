@@ -343,6 +343,12 @@ def loaded(path: str) -> Callable[[Question, str], float | dict[str, float]]:
     return function
 
 
+def check(reward: object) -> None:
+    """Say at once, by ValueError, where a reward is a function that is not there."""
+    if isinstance(reward, Function):
+        loaded(reward.path)
+
+
 def _words(text: str) -> list[str]:
     found = (w.strip(".,;:!?\"'()") for w in text.casefold().split())
     return [w for w in found if w]

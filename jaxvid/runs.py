@@ -100,8 +100,8 @@ def train(run: Run, workdir: pathlib.Path) -> loop.Result:
     """
     mesh = sharding.make_mesh(run.replica, run.fsdp, run.tensor)
     sharding.row_sharding(mesh, run.data.budget.rows)  # says at once if the rows do not divide
-    if isinstance(run, config.PolicyRun) and isinstance(run.reward, rewards.Function):
-        rewards.loaded(run.reward.path)  # says at once if it is not there
+    if isinstance(run, config.PolicyRun):
+        rewards.check(run.reward)
     scoring.check(run)
     saved = _save_config(run, workdir)
     with jax.set_mesh(mesh):
@@ -291,6 +291,7 @@ def evaluate(run: EvalRun, workdir: pathlib.Path) -> dict[str, evaluation.Result
 
 def probe(run: ProbeRun, workdir: pathlib.Path) -> probes.Results:
     """Answer every probe; WORKDIR gets replies and results, and sound.json where it is asked."""
+    rewards.check(run.reward)
     mesh = sharding.make_mesh(run.replica, run.fsdp, run.tensor)
     saved = _save_config(run, workdir)
     with jax.set_mesh(mesh):

@@ -101,7 +101,7 @@ def row_sharding(mesh: Mesh, rows: int, leading: int = 0, rules=RULES) -> NamedS
 
     Raises ValueError if `rows` does not divide over the mesh's data axes.
     """
-    ways = int(np.prod([mesh.shape[a] for a in rules["rows"]]))
+    ways = data_shards(mesh, rules)
     if rows % ways:
         raise ValueError(
             f"a batch of {rows} rows does not divide over the mesh's {ways} data shards "
@@ -142,6 +142,11 @@ def splits(sizes: Mapping[str, int], rules=RULES) -> dict[str, tuple[str, ...]]:
         return over if size % int(np.prod([mesh.shape[a] for a in over])) == 0 else ()
 
     return {name: axes(name, size) for name, size in sizes.items()}
+
+
+def data_shards(mesh: Mesh | AbstractMesh, rules=RULES) -> int:
+    """Ways in which the mesh cuts rows."""
+    return int(np.prod([mesh.shape[a] for a in rules["rows"]]))
 
 
 def ways(axes: tuple[str, ...]) -> int:

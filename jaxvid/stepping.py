@@ -21,7 +21,7 @@ import jax
 from flax import nnx
 from tqdm import tqdm
 
-from jaxvid import config, rewards, sharding
+from jaxvid import config, files, rewards, sharding
 from jaxvid.config import StepsRun
 from jaxvid.data import records, shards
 from jaxvid.data.records import Example, Record, Response
@@ -39,6 +39,7 @@ def run(run: StepsRun, workdir: pathlib.Path) -> dict[str, Any]:
             f"pairs are made in one process and there are {jax.process_count()}; start it on one "
             "host, with as many devices as that has"
         )
+    rewards.check(run.reward)
     source = _source(run)
     saved = json.loads(json.dumps(config.plain(run)))
     _same_settings(workdir, saved)
@@ -59,7 +60,7 @@ def run(run: StepsRun, workdir: pathlib.Path) -> dict[str, Any]:
     )
     written = shards.write(workdir / "shards", found, split=run.data.split, replace=True)
     summary["records written"] = written.records
-    _replace(workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
+    files.write(workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
 
@@ -114,7 +115,7 @@ def _journal(workdir: pathlib.Path, group: int, count: int) -> list[dict[str, An
     whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     if len(whole) < count:
         whole = whole[: len(whole) - len(whole) % group]
-        _replace(path, "".join(whole))
+        files.write(path, "".join(whole))
     return [json.loads(line) for line in whole[:count]]
 
 
@@ -218,9 +219,3 @@ def told(summary: dict[str, Any]) -> str:
     lines = [f"{name}: {count}" for name, count in plain.items()]
     lines.append(f"mean p of alternatives: {'none rolled out' if mean is None else f'{mean:.3f}'}")
     return "\n".join([*lines, *(f"  {name}: {count}" for name, count in left.items())])
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

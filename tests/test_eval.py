@@ -7,7 +7,7 @@ import numpy as np
 import pairs
 import pytest
 
-from jaxvid.eval import metrics, run
+from jaxvid.eval import asking, metrics, run
 from jaxvid.eval.run import Settings
 
 CORRECT = np.array([[1, 1], [1, 0], [0, 1], [1, 1], [0, 0]], bool)
@@ -92,7 +92,7 @@ def test_a_model_that_looks_answers_both_sides(folder):
 def test_controls_take_away_what_they_say(folder):
     blank = ask(folder, Settings(control="blank", max_tokens=16, rows=8)).overall
     assert (blank.both.value, blank.real.value, blank.same) == (0.0, 0.0, 1.0)
-    hook = run.Shuffled(3)
+    hook = asking.Shuffled(3)
     frames = np.arange(4 * 12, dtype=np.uint8).reshape(4, 2, 2, 3)
     once, again = hook(frames, "pair 1"), hook(frames, "pair 1")
     np.testing.assert_array_equal(once, again)
@@ -100,7 +100,7 @@ def test_controls_take_away_what_they_say(folder):
     np.testing.assert_array_equal(np.sort(once.ravel()), frames.ravel())
     orders = {hook(frames, f"pair {i}")[:, 0, 0, 0].tobytes() for i in range(20)}
     assert len(orders) > 5
-    assert run.Shuffled(4)(frames, "pair 1").shape == frames.shape
+    assert asking.Shuffled(4)(frames, "pair 1").shape == frames.shape
 
 
 def test_a_cut_reply_is_unparsed_not_dropped(folder):
@@ -138,5 +138,5 @@ def test_a_record_without_both_sides_is_named(tmp_path):
 
 
 def test_settings_are_checked():
-    with pytest.raises(ValueError, match="rows 1, limit 0"):
+    with pytest.raises(ValueError, match="rows 1; want at least 2"):
         Settings(rows=1)

@@ -7,7 +7,7 @@ import numpy as np
 import pairs
 import pytest
 
-from jaxvid import rewards
+from jaxvid import config, rewards, runs
 from jaxvid.data import records
 from jaxvid.eval import metrics, probe
 
@@ -71,6 +71,13 @@ def test_controls_and_limit_do_what_they_say(folder):
         probe.compare(ask(folder).predictions, blank.predictions)
     with pytest.raises(ValueError, match="rows 0, limit 0"):
         probe.Settings(rows=0)
+
+
+def test_a_reward_that_is_not_there_is_told_at_once(folder, tmp_path):
+    lost = rewards.Function(path="no_such_module:pay")
+    run = config.ProbeRun(model="/none", data=pairs.builder(folder).data, reward=lost)
+    with pytest.raises(ValueError, match="reward.path 'no_such_module:pay'"):
+        runs.probe(run, tmp_path)
 
 
 def test_a_split_without_questions_is_refused(tmp_path):

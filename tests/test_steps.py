@@ -15,7 +15,7 @@ import toy
 from flax import nnx
 
 from data_gen import build
-from jaxvid import main, stepping
+from jaxvid import main, rewards, stepping
 from jaxvid.config import StepsRun
 from jaxvid.data import layout, records, shards
 from jaxvid.data.records import Response
@@ -342,6 +342,9 @@ def test_bad_input_is_told_before_a_model_is_read(folder, tmp_path, monkeypatch)
     wrong = dataclasses.replace(run, data=dataclasses.replace(run.data, tasks=("sft",)))
     with pytest.raises(ValueError, match=r"step pairs are made of \('policy',\)"):
         stepping.run(wrong, tmp_path / "a")
+    lost = dataclasses.replace(run, reward=rewards.Function(path="no_such_module:pay"))
+    with pytest.raises(ValueError, match="reward.path 'no_such_module:pay'"):
+        stepping.run(lost, tmp_path / "a")
     with pytest.raises(ValueError, match="no folder of shards"):
         stepping.run(
             dataclasses.replace(run, data=dataclasses.replace(run.data, shards=("/none",))),

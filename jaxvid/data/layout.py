@@ -433,6 +433,15 @@ def _media_index(tree: Tree, at: Size, frames: tuple[int, int]) -> Int[np.ndarra
     return np.where(tree.heard > 0, first + tree.heard, index)
 
 
+def bucket(n: int, least: int = 32) -> int:
+    """The least of `least` (a power of 2) times 1, 1.5, 2, 3, 4, ... that is at least n: two sizes
+    an octave, so that a handful of shapes is compiled."""
+    size = least
+    while size < n:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
+    return size
+
+
 def prompts(trees: Sequence[Tree], budget: Budget) -> tuple[TokenBatch, VisionBatch, AudioBatch]:
     """One prompt a row, in the order given, branches left out: what the sampler reads."""
     batch = rows([t._replace(branches=()) for t in trees], budget)

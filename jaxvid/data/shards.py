@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from jaxvid import files
 from jaxvid.data import media as media_lib
 from jaxvid.data import records as records_lib
 from jaxvid.data.records import Record
@@ -99,12 +100,12 @@ def write(
             reasons = "".join(f"\n  {r['id']!r}: {r['reason']}" for r in rejects[:5])
             raise ShardError(f"{folder}: no record for split {split!r} is usable.{reasons}")
         with _lock(folder):
-            files = _publish(folder, work, split, parts)
+            names = _publish(folder, work, split, parts)
         resume = ""  # published: nothing is left to go on with
     finally:
         if not resume:
             shutil.rmtree(work)
-    return Written(sum(len(p["ids"]) for p in parts), len(rejects), files)
+    return Written(sum(len(p["ids"]) for p in parts), len(rejects), names)
 
 
 def resumable(folder: str | os.PathLike, *, split: str, resume: str) -> int:
@@ -159,7 +160,7 @@ def _write_parts(
                     break
         if not part["taken"]:
             return
-        _fsync(path)
+        files.sync(path)
         with open(work / "parts.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(part, ensure_ascii=False) + "\n")
             file.flush()
@@ -221,7 +222,7 @@ def _publish(
     path = folder / "rejects.jsonl"
     others = _lines(path) if path.exists() else []
     kept = [r for r in others if r["split"] != split] + [r for p in parts for r in p["rejects"]]
-    _replace(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+    files.write(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
     manifest["splits"][split] = entries
     _write_manifest(folder, manifest)
     return tuple(e["file"] for e in entries)
@@ -238,26 +239,9 @@ def _write_manifest(folder: pathlib.Path, manifest: dict) -> None:
         for split, entries in sorted(manifest["splits"].items())
     ]
     info = {"name": NAME, "version": VERSION, "fileFormat": "array_record", "splits": splits}
-    _replace(folder / "features.json", json.dumps(records_lib.FEATURES.to_json(), indent=1))
-    _replace(folder / "dataset_info.json", json.dumps(info, indent=1))
-    _replace(folder / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True))
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    """Writes a file so that a reader sees the old or the new text, also after a crash."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    _fsync(part)
-    os.replace(part, path)
-    _fsync(path.parent)  # the rename itself
-
-
-def _fsync(path: pathlib.Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    files.write(folder / "features.json", json.dumps(records_lib.FEATURES.to_json(), indent=1))
+    files.write(folder / "dataset_info.json", json.dumps(info, indent=1))
+    files.write(folder / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True))
 
 
 @contextlib.contextmanager

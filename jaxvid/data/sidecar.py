@@ -11,7 +11,6 @@ Grain workers.
 
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 import safetensors.numpy
 from jaxtyping import Float
 
+from jaxvid import files
 from jaxvid.data.layout import Tree
 
 FORMAT = 1
@@ -39,11 +39,11 @@ def of_files(folder: str | pathlib.Path, pattern: str | Sequence[str]) -> str:
     spread over it. Raises FileNotFoundError where there are none."""
     folder = pathlib.Path(folder)
     patterns = [pattern] if isinstance(pattern, str) else pattern
-    files = sorted({f for p in patterns for f in folder.glob(p)})
-    if not files:
+    found = sorted({f for p in patterns for f in folder.glob(p)})
+    if not found:
         raise FileNotFoundError(f"{folder} has no {' or '.join(patterns)}")
     digest = hashlib.sha256()
-    for path in files:
+    for path in found:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
@@ -89,7 +89,7 @@ def begin(folder: pathlib.Path, made: dict[str, Any], parts: int) -> list[int]:
     if path.exists():
         _same(json.loads(path.read_text()), now, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(path, (json.dumps(now, indent=1, sort_keys=True) + "\n").encode())
+    files.write(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
     return [i for i in range(parts) if not _part(folder, i).exists()]
 
 
@@ -105,22 +105,12 @@ def write(
         "logp": np.concatenate([none, *(found[k] for k in order)]).astype(np.float32),
     }
     path = _part(folder, part)
-    _replace(path, safetensors.numpy.save(tensors))
+    files.write(path, safetensors.numpy.save(tensors))
     return path
 
 
 def _part(folder: pathlib.Path, part: int) -> pathlib.Path:
     return folder / f"part-{part:05d}.safetensors"
-
-
-def _replace(path: pathlib.Path, data: bytes) -> None:
-    """A reader sees the file as it was or as it will be, also after a crash."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _same(there: dict[str, Any], now: dict[str, Any], folder: pathlib.Path) -> None:

@@ -5,41 +5,22 @@ greedy and graded by a reward; writes `predictions.jsonl` and `results.json` as 
 question is asked of both sides of a pair and both must be right, `run` is the one to use.
 """
 
-import dataclasses
 import itertools
 import json
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from jaxvid import answers, rewards
 from jaxvid.data import pipeline
-from jaxvid.eval import metrics, run
-from jaxvid.rollout import sampler
+from jaxvid.eval import asking, metrics
+from jaxvid.eval.asking import Settings
 
-Reward = Callable[[rewards.Question, str], rewards.Reward]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How to ask. Replies are greedy; controls are those of `run`."""
-
-    control: Literal["none", "blank", "shuffled"] = "none"
-    max_tokens: int = 64
-    rows: int = 64  # prompts at a time
-    seed: int = 0  # of the shuffled control and of the intervals
-    limit: int = 0  # only the first so many questions; 0 is all
-
-    def __post_init__(self):
-        if self.control not in ("none", "blank", "shuffled"):
-            raise ValueError(f"control {self.control!r}; choose none, blank or shuffled")
-        if self.rows < 1 or self.limit < 0:
-            raise ValueError(f"rows {self.rows}, limit {self.limit}; want at least 1 and 0")
+Reward = Callable[[rewards.Case, str], rewards.Reward]
 
 
 class Prediction(NamedTuple):
@@ -91,12 +72,7 @@ def evaluate(
     With `out`, writes predictions.jsonl and results.json into that folder; `about` (which model,
     which config) goes into the results. Raises ValueError for a split without such a question.
     """
-    hook = {
-        "none": builder.frames,
-        "blank": run.Blank(),
-        "shuffled": run.Shuffled(settings.seed),
-    }
-    builder = dataclasses.replace(builder, frames=hook[settings.control])
+    builder = asking.controlled(builder, settings)
     questions = pipeline.probes(builder.data, builder)
     questions = itertools.islice(questions, settings.limit or None)
     predictions: list[Prediction] = []
@@ -126,22 +102,12 @@ def _ask(
     reward: Reward,
     mesh: Mesh | None,
 ) -> list[Prediction]:
-    out = sampler.generate_all(
-        model,
-        [tree for q in asked for tree in q.trees],
-        builder.chat,
-        sampler.Sampling(max_tokens=settings.max_tokens, temperature=0.0),
-        group=1,
-        keys=jax.random.split(jax.random.key(0), len(asked)),  # greedy: never looked at
-        rows=settings.rows,
-        mesh=mesh,
-    )
+    trees = [tree for q in asked for tree in q.trees]
+    replies = asking.greedy(model, trees, builder.chat, settings, mesh)
     found = []
-    for row, question in enumerate(asked):
+    for question, reply in zip(asked, replies, strict=True):
         (e,) = question.examples
-        tokens = int(out.length[row, 0])
-        reply = builder.chat.decode(out.tokens[row, 0, :tokens])
-        graded = rewards.judged(reward(rewards.case(question.record, e), reply))
+        graded = rewards.judged(reward(rewards.case(question.record, e), reply.text))
         found.append(
             Prediction(
                 record=question.record.id,
@@ -151,12 +117,12 @@ def _ask(
                 prompt=e.prompt,
                 options=e.options,
                 answer=e.answer,
-                reply=reply,
-                read=read(e, reply),
+                reply=reply.text,
+                read=read(e, reply.text),
                 correct=graded.correct,
                 grade=graded.total,
-                tokens=tokens,
-                ended=bool(out.ended[row, 0]),
+                tokens=reply.tokens,
+                ended=reply.ended,
             )
         )
     return found
@@ -204,11 +170,11 @@ def write(
 ) -> None:
     """predictions.jsonl and results.json; a kill in between leaves the old or the new, whole."""
     scores = {
-        "overall": run.plain(results.overall),
-        "kinds": {kind: run.plain(s) for kind, s in results.kinds.items()},
+        "overall": asking.plain(results.overall),
+        "kinds": {kind: asking.plain(s) for kind, s in results.kinds.items()},
         "interval": f"{metrics.LEVEL:.0%}, bootstrap over records, {metrics.RESAMPLES} draws",
     }
-    run.write_files(folder, results.predictions, scores, builder, settings, about)
+    asking.write(folder, results.predictions, scores, builder, settings, about)
 
 
 def load(folder: pathlib.Path) -> list[Prediction]:

@@ -2,96 +2,49 @@
 asked for, several sampled ones of which `votes` makes one answer.
 
 Writes `predictions.jsonl` (a line per reply) and `results.json` (metrics with intervals, and every
-setting that could move them). Controls tell what a score is made of:
-
-    none      the clips as they are
-    blank     every frame mid-grey: what the question and its options alone give away
-    shuffled  frames in a drawn order: what remains without the order of events
+setting that could move them). The controls are those of `asking`.
 
 Left out: judging by another model, and benchmarks with formats of their own.
 """
 
 import dataclasses
-import importlib.metadata
 import json
-import os
 import pathlib
-import zlib
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool
 
 from jaxvid import answers
 from jaxvid.data import pipeline
-from jaxvid.eval import metrics, votes
+from jaxvid.eval import asking, metrics, votes
 from jaxvid.rollout import sampler
 
 SIDES = ("real", "counterfactual")
-VERSIONS = ("jaxvid", "jax", "flax", "av", "pillow", "tokenizers")
-READER = "jaxvid.answers, strict"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How to ask. The main reply is greedy; `samples` further ones are drawn if above 0."""
+class Settings(asking.Settings):
+    """How to ask pairs; `limit` counts these. The main reply is greedy; `samples` further ones are
+    drawn if above 0, by `seed` and the question's name."""
 
-    control: Literal["none", "blank", "shuffled"] = "none"
-    max_tokens: int = 64
-    rows: int = 64  # prompts at a time
-    seed: int = 0  # of the shuffled control and of the intervals
-    limit: int = 0  # only the first so many pairs; 0 is all
     category: str = "category"  # key of a record's `meta` to report by
     samples: int = 0  # N of Major@N and best of N
     temperature: float = 1.0  # of the samples
     top_p: float = 1.0
 
     def __post_init__(self):
-        if self.control not in ("none", "blank", "shuffled"):
-            raise ValueError(f"control {self.control!r}; choose none, blank or shuffled")
-        if self.rows < 2 or self.limit < 0:
-            raise ValueError(f"rows {self.rows}, limit {self.limit}; want at least 2 and 0")
+        super().__post_init__()
+        if self.rows < 2:
+            raise ValueError(f"rows {self.rows}; want at least 2, for both sides of a pair")
         if self.samples < 0 or self.temperature <= 0 or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"samples {self.samples}, temperature {self.temperature}, top_p {self.top_p}; want "
                 "at least 0, above 0, and in (0, 1]. The main reply is greedy whatever they are"
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class Blank:
-    """Every pixel mid-grey. A hook of `pipeline.Builder.frames`."""
-
-    grey: int = pipeline.GREY
-
-    def __call__(
-        self, frames: UInt8[np.ndarray, "F h w 3"], record: str
-    ) -> UInt8[np.ndarray, "F h w 3"]:
-        return np.full_like(frames, self.grey)
-
-
-@dataclasses.dataclass(frozen=True)
-class Shuffled:
-    """Frames in an order drawn from the seed and the record's id, never the true order.
-
-    Both sides of a pair get the same order.
-    """
-
-    seed: int = 0
-
-    def __call__(
-        self, frames: UInt8[np.ndarray, "F h w 3"], record: str
-    ) -> UInt8[np.ndarray, "F h w 3"]:
-        n = len(frames)
-        rng = np.random.default_rng((self.seed, zlib.crc32(record.encode())))
-        order = rng.permutation(n)
-        while n > 1 and (order == np.arange(n)).all():
-            order = rng.permutation(n)
-        return frames[order]
 
 
 class Prediction(NamedTuple):
@@ -137,8 +90,7 @@ def evaluate(
     With `out`, writes predictions.jsonl and results.json into that folder; `about` (which model,
     which config) goes into the results.
     """
-    hook = {"none": builder.frames, "blank": Blank(), "shuffled": Shuffled(settings.seed)}
-    builder = dataclasses.replace(builder, frames=hook[settings.control])
+    builder = asking.controlled(builder, settings)
     predictions: list[Prediction] = []
     for pairs in _chunks(pipeline.questions(builder.data, builder), settings):
         predictions += _ask(model, pairs, builder, settings, mesh)
@@ -180,16 +132,7 @@ def _ask(
     mesh: Mesh | None,
 ) -> list[Prediction]:
     trees = [t for _, q in pairs for t in q.trees]
-    out = sampler.generate_all(
-        model,
-        trees,
-        builder.chat,
-        sampler.Sampling(max_tokens=settings.max_tokens, temperature=0.0),
-        group=1,
-        keys=jax.random.split(jax.random.key(0), len(trees)),  # greedy: never looked at
-        rows=settings.rows,
-        mesh=mesh,
-    )
+    replies = asking.greedy(model, trees, builder.chat, settings, mesh)
     asked = [(i, q.record, e) for i, q in pairs for e in q.examples]
     drawn: list[tuple[votes.Sample, ...]] = [()] * len(asked)
     if settings.samples:
@@ -206,9 +149,7 @@ def _ask(
             mesh=mesh,
         )
     found = []
-    for row, (index, record, e) in enumerate(asked):
-        tokens = int(out.length[row, 0])
-        reply = builder.chat.decode(out.tokens[row, 0, :tokens])
+    for (index, record, e), reply, samples in zip(asked, replies, drawn, strict=True):
         found.append(
             Prediction(
                 record=record.id,
@@ -218,13 +159,13 @@ def _ask(
                 prompt=e.prompt,
                 options=e.options,
                 answer=e.answer,
-                reply=reply,
-                read=answers.read(reply, len(e.options)),
-                correct=answers.is_right(reply, e.answer, len(e.options)),
-                formatted=answers.formatted(reply),
-                tokens=tokens,
-                ended=bool(out.ended[row, 0]),
-                samples=drawn[row],
+                reply=reply.text,
+                read=answers.read(reply.text, len(e.options)),
+                correct=answers.is_right(reply.text, e.answer, len(e.options)),
+                formatted=answers.formatted(reply.text),
+                tokens=reply.tokens,
+                ended=reply.ended,
+                samples=samples,
             )
         )
     return found
@@ -293,48 +234,16 @@ def write(
 ) -> None:
     """predictions.jsonl and results.json; a kill in between leaves the old or the new, whole."""
     scores = {
-        "overall": plain(results.overall),
-        "categories": {name: plain(m) for name, m in results.categories.items()},
+        "overall": asking.plain(results.overall),
+        "categories": {name: asking.plain(m) for name, m in results.categories.items()},
         "formatted": results.formatted,
         "ended": results.ended,
         "mean_tokens": results.mean_tokens,
         "interval": f"{metrics.LEVEL:.0%}, bootstrap over pairs, {metrics.RESAMPLES} draws",
     }
     if results.votes:
-        scores["votes"] = {name: plain(m) for name, m in results.votes.items()}
-    write_files(folder, results.predictions, scores, builder, settings, about)
-
-
-def write_files(
-    folder: pathlib.Path,
-    predictions: Sequence[Any],  # NamedTuples
-    scores: dict[str, Any],
-    builder: pipeline.Builder,
-    settings: Any,
-    about: dict[str, Any],
-) -> None:
-    """What every kind of evaluation writes: a line per reply, its scores, and how it was made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(_line(p), ensure_ascii=False) for p in predictions]
-    _replace(folder / "predictions.jsonl", "\n".join(lines) + "\n")
-    content = scores | {
-        "reader": READER,
-        "decoding": "greedy",
-        "settings": dataclasses.asdict(settings),
-        "data": dataclasses.asdict(builder.data),
-        "vision": dataclasses.asdict(builder.prompting.vision),
-        "device": jax.devices()[0].device_kind,
-        "versions": {name: _version(name) for name in VERSIONS},
-        "about": about,
-    }
-    _replace(folder / "results.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def _line(prediction: Any) -> dict[str, Any]:
-    """A prediction as JSON; samples are there only where some were drawn."""
-    line = prediction._asdict()
-    samples = line.pop("samples", ())
-    return line | ({"samples": [s._asdict() for s in samples]} if samples else {})
+        scores["votes"] = {name: asking.plain(m) for name, m in results.votes.items()}
+    asking.write(folder, results.predictions, scores, builder, settings, about)
 
 
 def load(folder: pathlib.Path) -> list[Prediction]:
@@ -360,22 +269,3 @@ def compare(
             f"{differ[:3]}); evaluate both on one split, with one limit"
         )
     return metrics.difference(outcomes(after)[0], outcomes(before)[0], seed=seed)
-
-
-def plain(m: Any) -> dict[str, Any]:
-    """A NamedTuple of scores as JSON, its intervals too."""
-    fields = m._asdict().items()
-    return {k: v._asdict() if isinstance(v, metrics.Interval) else v for k, v in fields}
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)

@@ -9,13 +9,11 @@ The first two are an evaluator's own choices (Major@20 and, with the model itsel
 reward model, RM@20 of video-SALMONN-o1, https://arxiv.org/abs/2502.11775); the third is an oracle.
 """
 
-import zlib
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -55,9 +53,7 @@ def draw(
     mesh: Mesh | None = None,
 ) -> list[tuple[Sample, ...]]:
     """`count` replies to each question. A question draws the same whatever stands beside it."""
-    marks = jnp.asarray([zlib.crc32(name.encode()) for name, _ in asked], jnp.uint32)
-    key = jax.random.key(seed)
-    keys = jax.vmap(lambda mark: jax.random.fold_in(key, mark))(marks)
+    keys = sampler.named_keys(jax.random.key(seed), [name for name, _ in asked])
     out = sampler.generate_all(
         model, trees, chat, sampling, group=count, keys=keys, rows=rows, mesh=mesh
     )

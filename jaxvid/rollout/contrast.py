@@ -22,7 +22,6 @@ from jaxvid import sharding
 from jaxvid.data import layout
 from jaxvid.data.layout import Tree
 from jaxvid.ops.logprob import kl
-from jaxvid.rollout import sampler
 
 DIFFUSION = 1000  # steps of the noise schedule
 
@@ -78,15 +77,15 @@ def divergences(
 
     `clean` and `noised` are the same trees of one branch, but for their frames.
     """
-    ways = 1 if mesh is None else sampler.data_shards(mesh)
+    ways = 1 if mesh is None else sharding.data_shards(mesh)
     rows, (graph, params), found = -(-rows // ways) * ways, nnx.split(model), []
     for at in range(0, len(clean), rows):
         here = clean[at : at + rows]
         needs = [layout.size(t) for t in here]
         budget = layout.Budget(
             rows=rows,
-            tokens=sampler.bucket(max(n.tokens for n in needs)),
-            scored=sampler.bucket(max(n.scored for n in needs)),
+            tokens=layout.bucket(max(n.tokens for n in needs)),
+            scored=layout.bucket(max(n.scored for n in needs)),
             branches=1,
             frames=max(n.frames for n in needs),
             patches=max(layout.most_patches(t) for t in here),

@@ -16,10 +16,12 @@ the branches of a group that ended early wait for its longest one.
 import collections
 import contextlib
 import dataclasses
+import zlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -131,6 +133,12 @@ def generate_all(
         return desk.run()
 
 
+def named_keys(key: Key[Array, ""], names: Sequence[str]) -> Key[Array, "n"]:
+    """A key for each name, that depends on the name and on nothing else of the list."""
+    marks = jnp.asarray([zlib.crc32(name.encode()) for name in names], jnp.uint32)
+    return jax.vmap(lambda mark: jax.random.fold_in(key, mark))(marks)
+
+
 def _setup(graph, group, sampling, stop_ids, banned_ids) -> Setup:
     stop, banned = tuple(stop_ids), tuple(banned_ids)
     if not stop:
@@ -151,7 +159,7 @@ class Desk:
         self.done = done
         self.trees, self.chat, self.sampling, self.keys = trees, chat, sampling, keys
         self.needs = [layout.size(t) for t in trees]
-        self.mesh, self.ways = mesh, 1 if mesh is None else data_shards(mesh)
+        self.mesh, self.ways = mesh, 1 if mesh is None else sharding.data_shards(mesh)
         self.rows = -(-(rows or len(trees)) // self.ways) * self.ways
         graph, self.params = nnx.split(model)
         stop, banned = chat.stop_ids, banned_ids(chat, model)
@@ -173,7 +181,7 @@ class Desk:
             return self.found
         first = [self.waiting.popleft() for _ in range(min(self.rows, len(self.trees)))]
         self.owner[: len(first)] = first
-        room = bucket(max(len(t.prompt) for t in self.trees))
+        room = layout.bucket(max(len(t.prompt) for t in self.trees))
         inputs, keys = self.prompts(first, self.rows)
         slots = groups.begin(self.setup, room, self.params, inputs, keys)
         most = np.int32(STRIDE if self.sampling.stop else self.sampling.max_tokens)
@@ -247,7 +255,7 @@ class Desk:
         frames = some("frames")
         budget = layout.Budget(
             rows=rows,
-            tokens=bucket(max(len(t.prompt) for t in here)),
+            tokens=layout.bucket(max(len(t.prompt) for t in here)),
             scored=0,
             branches=0,
             frames=frames,
@@ -273,16 +281,3 @@ def banned_ids(chat: Chat, model: nnx.Module) -> tuple[int, ...]:
     no token of the tokenizer."""
     rows = jax.eval_shape(model.unembedding).shape[0]
     return chat.banned_ids + tuple(range(chat.size, rows))
-
-
-def data_shards(mesh: Mesh) -> int:
-    """Ways in which the mesh cuts rows."""
-    return int(np.prod([mesh.shape[a] for a in sharding.RULES["rows"]]))
-
-
-def bucket(n: int) -> int:
-    """The least of 32, 48, 64, 96, 128, 192, ... that is at least n: two sizes an octave."""
-    size = 32
-    while size < n:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
-    return size

@@ -20,13 +20,11 @@ seed and names, so a record gives the same pairs whatever stands beside it.
 """
 
 import dataclasses
-import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -235,15 +233,13 @@ def _draw(
     """`group` replies from each tree, graded with what was said `before` them."""
     if not trees:
         return []
-    marks = jnp.asarray([zlib.crc32(name.encode()) for name in names], jnp.uint32)
-    key = jax.random.key(parts.seed)
     out = sampler.generate_all(
         parts.model,
         trees,
         parts.builder.chat,
         sampling,
         group=group,
-        keys=jax.vmap(lambda mark: jax.random.fold_in(key, mark))(marks),
+        keys=sampler.named_keys(jax.random.key(parts.seed), names),
         rows=parts.settings.rows,
         mesh=parts.mesh,
     )

@@ -12,12 +12,10 @@ import concurrent.futures
 import dataclasses
 import math
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -172,8 +170,7 @@ def sample(
         for tree, example in zip(q.trees, q.examples):
             check(q, tree, example, draw)
     asked = [(q, t, e) for q in questions for t, e in zip(q.trees, q.examples)]
-    names = [zlib.crc32(f"{q.record.id}\0{e.name}\0{e.media}".encode()) for q, _, e in asked]
-    keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(jnp.asarray(names, jnp.uint32))
+    keys = sampler.named_keys(key, [f"{q.record.id}\0{e.name}\0{e.media}" for q, _, e in asked])
     paid: list[concurrent.futures.Future[_Paid] | None] = [None] * len(asked)
     start = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(1) as payer:

@@ -6,13 +6,14 @@ not finite is null there (JSON has no nan) and left out of TensorBoard.
 
 import json
 import math
-import os
 import pathlib
 from typing import Any
 
 import jax
 import tensorboardX
 from jaxtyping import Array, Float
+
+from jaxvid import files
 
 
 class Window:
@@ -54,9 +55,7 @@ class Writer:
         self.path = folder / "metrics.jsonl"
         lines = read(folder) if self.path.exists() else []
         kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= start]
-        partial = self.path.with_name("metrics.jsonl.partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, self.path)
+        files.write(self.path, "".join(kept))
         self.board = tensorboardX.SummaryWriter(
             str(folder / "tensorboard"), purge_step=start + 1 if start else None
         )

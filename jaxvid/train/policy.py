@@ -169,7 +169,7 @@ def _steps(
 
 
 def _batch(parts: Parts, trees: list[list[layout.Tree]]) -> Batch:
-    shards = sampler.data_shards(parts.mesh)
+    shards = sharding.data_shards(parts.mesh)
     packed = layout.stack(layout.pack(trees, parts.budget, shards=shards))
     return loop.place(packed, parts.mesh)
 

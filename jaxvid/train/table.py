@@ -4,8 +4,8 @@ WORKDIR/rollouts/step-000020.parquet   a row for every reply sampled in update 2
 WORKDIR/faults.jsonl                   a line for every reply that could not be paid
 """
 
+import io
 import json
-import os
 import pathlib
 
 import numpy as np
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
+from jaxvid import files
 from jaxvid.train.groups import SIDES, Fault, Replies, Settings, paid
 
 FOLDER = "rollouts"
@@ -58,9 +59,9 @@ def write(
                 )
     path = workdir / FOLDER / f"step-{step:06d}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial)
-    os.replace(partial, path)
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), buffer)
+    files.write(path, buffer.getvalue())
     return path
 
 
@@ -90,6 +91,4 @@ def faults(workdir: pathlib.Path, step: int, found: list[Fault]) -> None:
         return
     lines = kept + [json.dumps({"step": step} | f._asdict(), ensure_ascii=False) for f in found]
     workdir.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(line + "\n" for line in lines))
-    os.replace(partial, path)
+    files.write(path, "".join(line + "\n" for line in lines))
