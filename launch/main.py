@@ -1,6 +1,8 @@
 """jaxvid-launch: start runs, here or elsewhere.
 
 jaxvid-launch local [--workdir runs/local] [--videos DIR] [--fast]
+
+jaxvid-launch preflight CONFIG [--topology v5p:4x4x4] [--search rows]
 """
 
 import sys
@@ -8,8 +10,9 @@ import sys
 import tyro
 
 from launch.local import Local, local
+from launch.preflight import Preflight, preflight
 
-VERBS = {Local: local}
+VERBS = {Local: local, Preflight: preflight}
 
 
 def main(argv: list[str] | None = None) -> None:
