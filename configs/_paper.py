@@ -87,7 +87,7 @@ def budget(clip: Clip, rows: int, room: int, scored: int, branches: int, clips: 
 # DNA-Train ----------------------------------------------------------------------------------------
 
 
-def dna_sft(model: str, clip: Clip, tensor: int = 1, parts: int = 4, replica: int = 1) -> SFTRun:
+def dna_sft(model: str, clip: Clip, tensor: int = 1) -> SFTRun:
     """A row holds both sides of a pair with two questions each, so that every batch has as many
     real as counterfactual samples: 64 of 16 pairs. The vision tower is frozen."""
     data = pipeline.Data(
@@ -103,9 +103,8 @@ def dna_sft(model: str, clip: Clip, tensor: int = 1, parts: int = 4, replica: in
     )
     return SFTRun(
         model=model,
-        compute=Compute(dtype="bfloat16", ffn_parts=parts),
+        compute=Compute(dtype="bfloat16", ffn_parts=4),
         data=data,
-        replica=replica,
         tensor=tensor,
         freeze=("tower",),
         frozen_dtype="bfloat16",
@@ -115,7 +114,9 @@ def dna_sft(model: str, clip: Clip, tensor: int = 1, parts: int = 4, replica: in
     )
 
 
-def dna_rl(model: str, clip: Clip, steps: int, rows: int = 64, tensor: int = 1) -> PolicyRun:
+def dna_rl(
+    model: str, clip: Clip, steps: int, rows: int = 64, tensor: int = 1, replica: int = 1
+) -> PolicyRun:
     """64 prompts an update, as 32 pairs; a row holds one prompt and its 16 replies."""
     return PolicyRun(
         model=model,
@@ -123,6 +124,7 @@ def dna_rl(model: str, clip: Clip, steps: int, rows: int = 64, tensor: int = 1) 
         data=_asked(f"{DUALITY}/rl", clip, rows),
         validation=dataclasses.replace(_asked(f"{DUALITY}/test", clip, rows), split="test"),
         ask=Ask(max_tokens=REPLY, rows=rows),
+        replica=replica,
         tensor=tensor,
         freeze=("tower",),
         frozen_dtype="bfloat16",

@@ -10,8 +10,6 @@ Expect:  not run here at this size. The base has 58.9 % of DualityVidQA-Test's p
          v5p:4x4x4 by the compiler (docs/preflight.md)
 """
 
-import dataclasses
-
 from configs import _paper
 from jaxvid.config import PolicyRun
 
@@ -21,7 +19,7 @@ SLICES = 2
 
 
 def get_config(runlocal: bool = False) -> PolicyRun:
-    run = dataclasses.replace(
-        _paper.dna_rl("runs/dna_72b_sft/model", _paper.QWEN25, steps=20, tensor=2), replica=SLICES
+    run = _paper.dna_rl(
+        "runs/dna_72b_sft/model", _paper.QWEN25, steps=20, rows=32, tensor=4, replica=SLICES
     )
     return _paper.twin_rl(run, "qwen2_5_vl") if runlocal else run

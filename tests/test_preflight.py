@@ -286,6 +286,8 @@ REFUSAL = (
 
 def test_a_refusal_is_an_answer(monkeypatch):
     assert weigh.exhausted(REFUSAL) == 20.5 * 2**30
+    other = "memory required for HLO temporaries (40.00G) exceeds available HBM (15.75G)."
+    assert weigh.exhausted(f"Ran out of memory on HBM, the total {other}") == 40 * 2**30
     assert weigh.exhausted("INTERNAL: something else") is None
 
     class Lowered:
@@ -376,6 +378,29 @@ def asked(name, **changes):
 def test_bad_input_is_told(what, said):
     with pytest.raises(ValueError, match=said):
         check(what)
+
+
+@pytest.mark.parametrize(("what", "best"), [("rows", 56), ("tokens", 2560)])
+def test_a_search_compiles_larger_batches_until_one_is_too_large(monkeypatch, what, best):
+    """Plans of other rows or tokens, weighed by their size; the report tells what came out."""
+
+    def weighed(plan, topology, mesh):
+        (_, rows, tokens), seen = plan.batch.tokens.tokens.shape, plan.batch.vision.window.shape[2]
+        assert seen == -(-8 * tokens // start)  # frames in proportion
+        held = {"activations": 3e8 * rows if what == "rows" else 6.5e6 * tokens}
+        need = sum(held.values())
+        fits = need < topology.chip.hbm
+        return weigh.Weight(program="train", fits=fits, need=need, limit=1.7e10, kinds=held)
+
+    start = runs.load_config("dna_7b_sft:runlocal", []).data.budget.tokens
+    monkeypatch.setattr(chips, "mesh_of", lambda topology, asked: mesh_of(8, 1))
+    monkeypatch.setattr(programs, "train", lambda plan: plan)
+    monkeypatch.setattr(weigh, "weigh", weighed)
+    set_rows = ("data.budget.rows=8",)
+    found = check(asked("dna_7b_sft:runlocal", topology="v5e:2x4", search=what, set=set_rows))
+    assert found["search"][what][0] == best
+    told = tell.report(found)
+    assert f"largest {what} that fits: {best}" in told and "the largest arrays" in told
 
 
 # ---- by the TPU compiler

@@ -5,7 +5,6 @@ compiler that stops hard must not take the command with it.
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import pathlib
 import sys
@@ -52,7 +51,7 @@ def check(asked: Preflight) -> dict[str, Any]:
         "programs": [_plain(run, w, topology) for w in weights],
         "arrays": weigh.arrays(plan),
         "search": {},
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        "versions": chips.versions(),
     }
     if asked.search:
         about["search"][asked.search] = _search(run, cfg, topology, asked.search, weights)

@@ -4,6 +4,7 @@ Needs libtpu (`pip install jax[tpu]`). No program runs: memory is the compiler's
 chip, true of what it would allocate; its estimates of time are not read.
 """
 
+import contextlib
 import difflib
 import importlib.metadata
 import math
@@ -34,7 +35,7 @@ class Chip(NamedTuple):
 # Peaks and rates are Google's, cloud.google.com/tpu/docs/v5e, /v5p and /v6e, read in 2026:
 # bfloat16 peak, HBM GB/s, half of the bidirectional ICI GB/s, and the data centre network a chip
 # (of a pod for v5e and v6e, 6.4 and 25.6 Tbit/s over 256 chips; 50 Gbit/s for v5p). HBM is what
-# the compiler of libtpu 0.0.42 lets a program have, a little less than the 16, 95 and 32 GB there.
+# the compiler of libtpu 0.0.42 says is there for a program.
 CHIPS = {
     "v5e": Chip(15.75 * GIB, 197e12, 800e9, 200e9, 25e9 / 8),
     "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 600e9, 50e9 / 8),
@@ -100,13 +101,17 @@ class Memory(NamedTuple):
         return self.arguments + self.temporaries + self.output - self.aliased
 
 
+def versions() -> dict[str, str]:
+    """Of JAX and, where it is installed, the TPU compiler."""
+    found = {"jax": jax.__version__}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["libtpu"] = importlib.metadata.version("libtpu")
+    return found
+
+
 def installed() -> bool:
     """Whether the TPU compiler is here."""
-    try:
-        importlib.metadata.version("libtpu")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+    return "libtpu" in versions()
 
 
 def mesh(topology: str, *, devices: int = 0, tensor: int = 1) -> Mesh:
@@ -152,13 +157,24 @@ def mesh_of(topology: Topology, asked: Mapping[str, int]) -> Mesh:
     one = [found["replica"] // topology.slices, *list(found.values())[1:]]
     chips = np.array(_devices(f"{topology.kind}:{topology.shape}", topology.slices))
     parts = chips.reshape(topology.slices, -1)  # the topology lists slice by slice
-    laid = [mesh_utils.create_device_mesh(one, list(part)) for part in parts]
+    cut = topology.kind == "v5e"  # as jax.make_mesh: elsewhere no side of a slice is cut in two
+    lay = lambda part: mesh_utils.create_device_mesh(one, list(part), allow_split_physical_axes=cut)
+    try:
+        laid = [lay(part) for part in parts]
+    except NotImplementedError:
+        raise ValueError(
+            f"mesh {dict(zip(found, one))} does not lie on a slice of {topology.shape}: each axis "
+            "must be the product of some of its sides. Set --tensor to one of them, or to 1"
+        ) from None
     return Mesh(np.concatenate(laid), tuple(found), axis_types=(AxisType.Auto,) * len(found))
 
 
 def slice_of(device: Any) -> int:
     """The slice of a chip; topologies of one slice do not number it."""
-    return device.slice_index if "slice_index" in dir(device) else 0
+    try:
+        return device.slice_index
+    except AttributeError:
+        return 0
 
 
 def memory(compiled: jax.stages.Compiled) -> Memory:

@@ -114,8 +114,10 @@ def _kinds(program: programs.Program, held: chips.Memory) -> dict[str, float]:
 
 def exhausted(message: str) -> float | None:
     """Bytes that a program would have needed, out of the compiler's refusal; None if it is none."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
-    if not found:
+    size = r"([\d.]+)([KMGT]?)"
+    forms = (f"Used {size} of {size} hbm", rf"required for [^(]*\({size}\) exceeds available HBM")
+    found = next((m for form in forms if (m := re.search(form, message))), None)
+    if found is None:
         return None
     return float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")
 
