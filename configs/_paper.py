@@ -69,6 +69,7 @@ TINY = {
     "llava_onevision": Clip(_tiny.SAMPLING, 8, 36, 73),
     "video_salmonn_o1": Clip(_tiny.SAMPLING, 8, 36, 100, 1),
 }
+SHIPPED = {"qwen2_5_vl": _tiny.BASE, "qwen2_5_omni_thinker": _omni.BASE}
 
 
 def budget(clip: Clip, rows: int, room: int, scored: int, branches: int, clips: int = 1):
@@ -170,10 +171,9 @@ def _asked(shards: str, clip: Clip, rows: int) -> pipeline.Data:
 
 def twin(run: Run, family: str, data: pipeline.Data) -> Run:
     """The run with the family's tiny twin on `data`, for two steps and without validation."""
-    shipped = {"qwen2_5_vl": _tiny.BASE, "qwen2_5_omni_thinker": _omni.BASE}
     return dataclasses.replace(
         run,
-        model=shipped.get(family, f"runs/twins/{family}"),
+        model=SHIPPED.get(family, f"runs/twins/{family}"),
         compute=dataclasses.replace(run.compute, dtype="float32"),
         data=data,
         validation=None,
@@ -201,16 +201,17 @@ def twin_sft(run: SFTRun, family: str) -> Run:
 
 
 def twin_rl(run: PolicyRun, family: str) -> Run:
-    """Four replies to both sides of two pairs. A fresh twin is never right, so that what counts as
-    signal is the whole reward."""
+    """Four replies to both sides of two pairs. A fresh twin is never right: its signal is
+    the whole reward, and its replies end at common letters, so that they differ in length."""
     clip, old = TINY[family], _tiny.questions(2)
     room = budget(clip, 4, 64 + 4 * _tiny.REPLY, 4 * _tiny.REPLY, 4)
     data = dataclasses.replace(old, budget=room, sampling=clip.sampling)
+    stop = () if family in SHIPPED else ("a", "e", "t")
     small = dataclasses.replace(
         run.rollout,
         group=4,
-        sampling=Sampling(max_tokens=_tiny.REPLY),
-        overlong=Overlong(buffer=8),
+        sampling=Sampling(max_tokens=_tiny.REPLY, stop=stop),
+        overlong=Overlong(buffer=_tiny.REPLY - 1),
         filter_on="reward",
         rows=0,
         max_refills=0,
