@@ -27,14 +27,14 @@ from jaxvid.train.optimizers import AdamW
 
 
 def get_config(runlocal: bool = False) -> PreferenceRun:
-    records, steps = (2, 2) if runlocal else (4, 60)
+    records, steps = (2, 2) if runlocal else (4, 160)
     return PreferenceRun(
         model=_omni.BASE if runlocal else "runs/thud/sft/model",
         compute=Compute(remat="none", unroll=4),
         data=_omni.preferences(records, (_omni.SOUND, _omni.GENERAL)),
         lora=LoRA(rank=32, alpha=64.0, dropout=0.05),
-        objective=DPO(beta=0.1),
-        optimizer=AdamW(lr=2e-4, warmup=0 if runlocal else 2, clip=1.0),
+        objective=DPO(beta=0.5, ce_weight=1.0),
+        optimizer=AdamW(lr=1e-3, warmup=0 if runlocal else 5, clip=1.0),
         steps=steps,
         checkpoint_every=20,
     )

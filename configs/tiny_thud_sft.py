@@ -24,7 +24,7 @@ def get_config(runlocal: bool = False) -> SFTRun:
     return SFTRun(
         model=_omni.BASE,
         compute=Compute(remat="none", unroll=4),
-        data=_omni.supervised(4 * records, records, (_omni.SOUND,)),
+        data=_omni.supervised(4 * records, records, (_omni.SOUND,), questions=0),
         optimizer=Muon(lr=1e-3, warmup=0 if runlocal else 5, final=0.1),
         steps=steps,
         checkpoint_every=20,
