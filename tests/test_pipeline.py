@@ -362,7 +362,7 @@ def test_policy_prompts_are_pairs_of_one_question(world):
 
 def test_evaluation_asks_every_question_once_in_order(world):
     data, builder = setup(world, folders="ab", tasks=("policy",))
-    found = [(p.record.id, p.examples[0].name) for p in pipeline.questions(data, builder)]
+    found = [(p.record.id, p.examples[0].name) for _, p in pipeline.questions(data, builder)]
     wanted = [f"a{i}" for i in range(10)] + [f"b{i}" for i in range(5)]
     assert found == [(r, f"g{q} real") for r in wanted for q in range(2)]
 

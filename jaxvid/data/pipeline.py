@@ -148,8 +148,22 @@ class Builder:
             )
         return trees
 
+    def count(self, record: records.Record) -> int:
+        """How many questions `prompts` gives. Raises as it does for their number."""
+        return len(self._sides(record)[0])
+
     def prompts(self, record: records.Record) -> list[Prompts]:
         """The policy questions of a record. The k-th question of each clip belong together."""
+        sides = self._sides(record)
+        clips = [self._clip(record, examples[0].media, False) for examples in sides]
+        out = []
+        for asked in zip(*sides):
+            trees = [self.tree(record.id, clip, e.prompt, ()) for clip, e in zip(clips, asked)]
+            out.append(Prompts(record, trees, list(asked)))
+        return out
+
+    def _sides(self, record: records.Record) -> list[list[records.Example]]:
+        """The policy questions of each clip that has some, as many of each."""
         policy = [e for e in record.examples if e.task == "policy"]
         sides = [[e for e in policy if e.media == i] for i in sorted({e.media for e in policy})]
         if not sides:
@@ -162,12 +176,7 @@ class Builder:
                 f"record {record.id!r} has {[len(s) for s in sides]} policy questions on its "
                 f"clips. Give every clip the same number: the k-th of each make a pair."
             )
-        clips = [self._clip(record, examples[0].media, False) for examples in sides]
-        out = []
-        for asked in zip(*sides):
-            trees = [self.tree(record.id, clip, e.prompt, ()) for clip, e in zip(clips, asked)]
-            out.append(Prompts(record, trees, list(asked)))
-        return out
+        return sides
 
     def alone(self, record: records.Record) -> list[Prompts]:
         """The policy questions of a record, each by itself on its own clip."""
@@ -334,11 +343,7 @@ def _updates(
     data: Data, seed: int, process: int, processes: int, epochs: int | None
 ) -> grain.MapDataset:
     """Lists of (record, seed): the share of this process in each update."""
-    if data.pairs % processes or data.budget.rows % processes:
-        raise ValueError(
-            f"data.pairs {data.pairs} and budget.rows {data.budget.rows} must both divide over "
-            f"{processes} processes"
-        )
+    _check_divides(data, processes)
     if processes > 1 and not data.microbatches:
         raise ValueError(
             "with several processes every one must make the same number of micro-batches: set "
@@ -346,6 +351,14 @@ def _updates(
         )
     records_ = _mixture(data, seed, epochs).slice(slice(process, None, processes))
     return records_.batch(data.pairs // processes, drop_remainder=epochs is None, batch_fn=list)
+
+
+def _check_divides(data: Data, processes: int) -> None:
+    if data.pairs % processes or data.budget.rows % processes:
+        raise ValueError(
+            f"data.pairs {data.pairs} and budget.rows {data.budget.rows} must both divide over "
+            f"{processes} processes"
+        )
 
 
 def batches(
@@ -395,26 +408,40 @@ def prompts(
 ) -> grain.IterDataset:
     """Policy questions for the sampler, without end: (record, trees, examples).
 
-    A record met again asks one of its questions drawn anew.
+    A record met again asks one of its questions drawn anew. Of several processes each has every
+    so-many-th.
     """
+    _check_divides(data, processes)
     drawn = _mixture(data, seed, None).slice(slice(process, None, processes))
     return _iterate(drawn.map(_Ask(builder)), data.workers, ahead=data.pairs)
 
 
-def questions(data: Data, builder: Builder) -> Iterator[Prompts]:
-    """Every policy question of the split, once, in the order of the shards: what is evaluated."""
-    for folder in data.shards:
-        source = shards.Source(folder, data.split)
-        for i in range(len(source)):
-            yield from builder.prompts(source[i])
+def questions(
+    data: Data, builder: Builder, *, process: int = 0, processes: int = 1
+) -> Iterator[tuple[int, Prompts]]:
+    """(number, question) of every policy question of the split, once, in the order of the shards:
+    what is evaluated. A process has those of every so-many-th record."""
+    yield from _numbered(data, builder.prompts, builder.count, process, processes)
 
 
-def probes(data: Data, builder: Builder) -> Iterator[Prompts]:
-    """Every policy question of the split, each alone; a record without one is passed over."""
-    for folder in data.shards:
-        source = shards.Source(folder, data.split)
-        for i in range(len(source)):
-            yield from builder.alone(source[i])
+def probes(
+    data: Data, builder: Builder, *, process: int = 0, processes: int = 1
+) -> Iterator[tuple[int, Prompts]]:
+    """As `questions`, each alone on its own clip; a record without one is passed over."""
+    count = lambda record: sum(e.task == "policy" for e in record.examples)
+    yield from _numbered(data, builder.alone, count, process, processes)
+
+
+def _numbered(data, build, count, process, processes) -> Iterator[tuple[int, Prompts]]:
+    sources = [shards.Source(folder, data.split) for folder in data.shards]
+    number = 0
+    for k, record in enumerate(s[i] for s in sources for i in range(len(s))):
+        if k % processes == process:
+            found = build(record)
+            yield from enumerate(found, number)
+            number += len(found)
+        else:
+            number += count(record)  # of another process: its clips are not decoded here
 
 
 def _iterate(dataset: grain.MapDataset, workers: int, *, ahead: int = 2) -> grain.IterDataset:
