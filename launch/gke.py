@@ -197,7 +197,9 @@ def _pod(args: GkeUp, kind: slices.Slice, bundle: bundles.Bundle) -> dict[str, A
         "name": "train",
         "image": args.image,
         "command": ["bash", "-euo", "pipefail", "-c", train],
-        "ports": [{"containerPort": 8471}, {"containerPort": 8080}],  # among hosts, among slices
+        "ports": [  # among the hosts of a slice, and among slices
+            {"containerPort": port, "protocol": "TCP"} for port in (8471, 8080)
+        ],
         "resources": {
             "requests": {"google.com/tpu": kind.chips_per_host},
             "limits": {"google.com/tpu": kind.chips_per_host},

@@ -13,8 +13,19 @@ verb=$1
 root=$(cd "$2" && pwd)
 more=${3:-}
 
+born() { # process PID -> when it was started; nothing if it is none, or dead
+  local stat fields
+  stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 0
+  read -ra fields <<<"${stat##*) }" # its name, before this, may have blanks
+  if [[ ${fields[0]} != Z ]]; then echo "${fields[19]}"; fi
+}
+
+# A number is given again after a restart of the machine, so the time of birth must be the same.
 running() {
-  [[ -f $root/pid && ! -f $root/code.exit ]] && kill -0 "$(<"$root/pid")" 2>/dev/null
+  local pid birth
+  [[ -f $root/pid && ! -f $root/code.exit ]] || return 1
+  read -r pid birth <"$root/pid"
+  [[ $(born "$pid") == "$birth" ]]
 }
 
 run_job() { # its exit code, in `code`
@@ -50,7 +61,7 @@ case $verb in
     ;;
   supervise)
     sha256sum "$root/bundle.tgz" | cut -c 1-12 >"$root/bundle.id"
-    echo "$$" >"$root/pid.new" && mv "$root/pid.new" "$root/pid"
+    echo "$$ $(born "$$")" >"$root/pid.new" && mv "$root/pid.new" "$root/pid"
     run_job
     echo "$code" >"$root/code.new" && mv "$root/code.new" "$root/code.exit"
     ;;
@@ -73,7 +84,7 @@ case $verb in
     ;;
   stop)
     if ! running; then exit 0; fi
-    pid=$(<"$root/pid")
+    read -r pid _ <"$root/pid"
     kill -TERM -- "-$pid"
     for ((i = 0; i < ${more:-120} * 5; i++)); do
       running || exit 0
