@@ -315,7 +315,8 @@ def up(args: GkeUp) -> None:
     try:
         plan.carry_out(steps, dry_run=args.dry_run)
     finally:
-        (args.folder / "keys.env").unlink(missing_ok=True)
+        if not args.dry_run:
+            (args.folder / "keys.env").unlink(missing_ok=True)
 
 
 def status(at: GkeStatus) -> None:

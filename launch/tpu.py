@@ -229,14 +229,21 @@ def whole(args: TpuUp, kind: slices.Slice, bundle: bundles.Bundle) -> list[Step]
     ]
 
 
-def check_tools() -> None:
+def check_tools(at: TpuTarget) -> None:
     """Raises SystemExit saying what to install or to set."""
     plan.check_program(
         "gcloud", f"Install the Google Cloud CLI ({WANTED}), then `gcloud auth login`."
     )
-    account = plan.call(Command(("gcloud", "config", "get-value", "account", "--quiet")))
-    if account.code or not account.out.strip() or "unset" in account.out:
+    if not _setting("account"):
+        raise SystemExit("gcloud has no account. Run `gcloud auth login`.")
+    if not (at.project or _setting("project")):
         raise SystemExit(
-            "gcloud has no account. Run `gcloud auth login`, and "
-            "`gcloud config set project PROJECT` or give --project."
+            "gcloud has no project. Run `gcloud config set project PROJECT`, or give --project."
         )
+
+
+def _setting(name: str) -> str:
+    """A setting of gcloud's own, or ""."""
+    done = plan.call(Command(("gcloud", "config", "get-value", name, "--quiet")))
+    said = done.out.strip()
+    return "" if done.code or said == "(unset)" else said

@@ -311,7 +311,7 @@ def up(args: tpu.TpuUp) -> None:
     if args.dry_run:
         print(plan.script(tpu.whole(args, kind, bundle)), end="")
         return
-    tpu.check_tools()
+    tpu.check_tools(args.target())
     print(jobs.estimate(kind.chips, args.price, args.hours))
     run(Watch(args, kind, bundle))
 
@@ -323,7 +323,7 @@ def status(at: tpu.TpuStatus) -> None:
         steps = [tpu.describe(at), tpu.worker(at, "report", folder)]
         print(plan.script(steps), end="")
         return
-    tpu.check_tools()
+    tpu.check_tools(at)
     now, why = state(at)
     print(f"{at.name}: {now or 'there is no such slice'} {why}")
     for number, worker in enumerate(look(at, folder) or [] if now == "ACTIVE" else []):
@@ -337,7 +337,7 @@ def logs(at: tpu.TpuLogs) -> None:
     tpu.check_target(at)
     folder = at.out / at.name / "logs" / "fetched"
     if not at.dry_run:
-        tpu.check_tools()
+        tpu.check_tools(at)
         folder.mkdir(parents=True, exist_ok=True)
     plan.carry_out([tpu.worker(at, "log", folder)], dry_run=at.dry_run)
 
@@ -347,7 +347,7 @@ def down(at: tpu.TpuDown) -> None:
     if at.dry_run:
         print(plan.script([tpu.worker(at, "stop"), tpu.delete(at)]), end="")
         return
-    tpu.check_tools()
+    tpu.check_tools(at)
     if state(at)[0] == "ACTIVE":  # so that it saves; a slice where nothing runs says nothing
         plan.call(tpu.worker(at, "stop"), timeout=600)
     _delete(at, 10.0, print)

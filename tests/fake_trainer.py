@@ -4,7 +4,8 @@
 Called as job.sh calls Python. It keeps the contract of `jaxvid train`: a state in the work folder
 after every step, resumed by the same command; 143 on SIGTERM, its state saved; 0 at the last step.
 The work folder gs://bucket/... is the folder that the variable BUCKET of the key file names.
-The variable FAIL_ONCE is a step that fails, the first time.
+The variable FAIL_ONCE is a step that fails, the first time; after step HOLD it waits until there is
+a file `go` in the work folder.
 """
 
 import os
@@ -23,14 +24,14 @@ def main() -> int:
     bucket = pathlib.Path(os.environ["BUCKET"])
     work = bucket / value("--workdir", "").removeprefix("gs://bucket/")
     work.mkdir(parents=True, exist_ok=True)
-    worker = pathlib.Path(os.environ["HOME"]).name
+    worker = os.environ.get("SLURM_PROCID", pathlib.Path(os.environ["HOME"]).name)
     state, steps = work / f"state-{worker}", int(value("--steps", "10"))
     step = int(state.read_text()) if state.exists() else 0
     print(f"worker {worker} starts at {step} of {steps}", flush=True)
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
     while step < steps:
-        time.sleep(0.1)
+        time.sleep(0.05)
         step += 1
         state.write_text(str(step))
         print(f"step {step}", flush=True)
@@ -38,6 +39,8 @@ def main() -> int:
         if step == int(os.environ.get("FAIL_ONCE", "0")) and not mark.exists():
             mark.write_text("")
             raise RuntimeError("this step fails once")
+        while step == int(os.environ.get("HOLD", "0")) and not (stopped or (work / "go").exists()):
+            time.sleep(0.05)
         if stopped:
             print("saved", flush=True)
             return 143
