@@ -20,6 +20,7 @@ from launch import manifest, plan, slices
 from launch.plan import Command, Note, Secrets, Step, Write
 
 ROOT = "/jaxvid"
+LOCKED_KIB = 68719476736  # the TPU's driver locks memory; a pod without privileges must allow it
 REMEDY = {
     "kubectl": "`gcloud components install kubectl gke-gcloud-auth-plugin`, then `gcloud container "
     "clusters get-credentials CLUSTER`.",
@@ -183,6 +184,7 @@ def _pod(args: GkeUp, kind: slices.Slice, bundle: bundles.Bundle) -> dict[str, A
     place = {"name": "jaxvid", "mountPath": ROOT}
     given = f" {shlex.quote(args.python)}" if args.python else ""
     train = (
+        f"ulimit -l {LOCKED_KIB}\n"
         f"tar -xzf {ROOT}/bundle.tgz -C {ROOT}\n"
         f"bash {ROOT}/code/launch/bootstrap.sh {ROOT}{given}\n"
         f"exec bash {ROOT}/job.sh\n"
@@ -200,6 +202,7 @@ def _pod(args: GkeUp, kind: slices.Slice, bundle: bundles.Bundle) -> dict[str, A
         "ports": [  # among the hosts of a slice, and among slices
             {"containerPort": port, "protocol": "TCP"} for port in (8471, 8080)
         ],
+        "securityContext": {"capabilities": {"add": ["SYS_RESOURCE"]}},  # for ulimit
         "resources": {
             "requests": {"google.com/tpu": kind.chips_per_host},
             "limits": {"google.com/tpu": kind.chips_per_host},
@@ -276,7 +279,7 @@ def plan_xpk(args: GkeUp, kind: slices.Slice, bundle: bundles.Bundle) -> list[St
         *((f"--project={args.project}",) if args.project else ()),
         *(f"--workload={args.name}", f"--tpu-type={kind.name}", f"--num-slices={args.slices}"),
         *(f"--base-docker-image={args.image}", f"--script-dir={folder}"),
-        *(f"--max-restarts={args.failures}", f"--restart-on-exit-codes={jobs.SAVED}"),
+        *(f"--max-restarts={args.failures}", "--restart-on-exit-codes=1"),
         *(("--spot",) if args.spot else ()),
         *("--termination-grace-period-seconds=300", f"--command={line}"),
     )
@@ -284,7 +287,8 @@ def plan_xpk(args: GkeUp, kind: slices.Slice, bundle: bundles.Bundle) -> list[St
         _sum(args, kind),
         Note(
             f"{args.folder / 'bundle.tgz'}: {bundle}\n"
-            "XPK counts evictions as failures; --failures bounds both"
+            "XPK restarts after 1, Python's code of an error, and after 127 to 255; it counts\n"
+            "evictions as failures, and --failures bounds both"
         ),
         Command(("mkdir", "-p", str(folder))),
         Command(("tar", "-xzf", str(args.folder / "bundle.tgz"), "-C", str(folder))),
