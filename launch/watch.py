@@ -16,9 +16,10 @@ from launch import job as jobs
 from launch import plan, slices, tpu
 from launch.plan import Command, Secrets
 
-ON_THE_WAY = {"CREATING", "ACCEPTED", "PROVISIONING", "WAITING_FOR_RESOURCES", "STATE_UNSPECIFIED"}
 TAKEN = {"SUSPENDING", "SUSPENDED"}
-UNREACHABLE = 5  # looks in a row without an answer before a slice is given up
+UNKNOWN = "STATE_UNSPECIFIED"  # also ours, where the cloud gave no answer
+FINAL = ("PERMISSION_DENIED", "UNAUTHENTICATED", "INVALID_ARGUMENT", "credentials", "gcloud auth")
+UNREACHABLE = 10  # looks in a row without an answer of an ACTIVE slice before it is given up
 REPORT = re.compile(
     rb"::jaxvid state (?P<state>\w+)(?: (?P<code>\d+))?\n"
     rb"(?:::jaxvid bundle (?P<bundle>\w+)\n"
@@ -76,16 +77,19 @@ def outcome(workers: list[Worker]) -> str:
 
 
 def state(at: tpu.TpuTarget) -> tuple[str, str]:
-    """(state of the request or "" if there is none, why). Raises SystemExit if gcloud refuses."""
+    """(state of the request or "" if there is none, why).
+
+    A network that is away for a while is UNKNOWN. Raises SystemExit for what no waiting mends.
+    """
     done = plan.call(tpu.describe(at), timeout=120)
     if done.code == 0:
         told = json.loads(done.out or "{}").get("state") or {}
-        return told.get("state", "STATE_UNSPECIFIED"), json.dumps(told)
+        return told.get("state", UNKNOWN), json.dumps(told)
     if "NOT_FOUND" in done.err or "not found" in done.err:
         return "", ""
-    if done.code == 124:
-        return "STATE_UNSPECIFIED", done.err
-    raise SystemExit(f"gcloud refused:\n    {tpu.describe(at)}\n{done.err.strip()}")
+    if any(word in done.err for word in FINAL):
+        raise SystemExit(f"gcloud refused:\n    {tpu.describe(at)}\n{done.err.strip()}")
+    return UNKNOWN, done.err
 
 
 def look(at: tpu.TpuTarget, folder: pathlib.Path) -> list[Worker] | None:
@@ -216,7 +220,7 @@ def _active(w: Watch) -> bool:
 
 
 def _still_active(w: Watch) -> bool:
-    return state(w.args.target())[0] == "ACTIVE"
+    return state(w.args.target())[0] in ("ACTIVE", UNKNOWN)
 
 
 def _must(w: Watch, command: Command) -> None:
@@ -251,7 +255,9 @@ def _follow(w: Watch, folder: pathlib.Path) -> str:
     while True:
         time.sleep(w.args.poll)
         now, _ = state(at)
-        if now not in ("ACTIVE", "STATE_UNSPECIFIED"):
+        if now == UNKNOWN:  # nothing is known of the slice, so nothing is done to it
+            continue
+        if now != "ACTIVE":
             return "taken"
         workers = look(at, folder / "report")
         if workers is None:
@@ -294,7 +300,7 @@ def _delete(at: tpu.TpuTarget, poll: float, say: Callable[[str], None]) -> None:
         say(f"+ {tpu.delete(at)}")
         done = plan.call(tpu.delete(at))
         now, _ = state(at)
-        if done.code and now not in ("", "DELETING", *TAKEN):
+        if done.code and now not in ("", UNKNOWN, "DELETING", *TAKEN):
             raise SystemExit(f"could not delete it:\n    {tpu.delete(at)}\n{done.err.strip()}")
         if now:
             time.sleep(min(poll, 10.0))

@@ -5,6 +5,7 @@
     queue/NAME.json       a queued resource: its words, its state, the looks until it is ACTIVE
     nodes/NAME/w/N/       the home of worker N; every process that ssh starts there is known by it
     calls.jsonl           every call, its words
+    away                  how many looks get no answer, as if the network were away
     taken/NAME            an empty file: at the next look the slice of that name is taken away
 
 Taken away, as a spot slice is: SIGTERM to what runs on the workers, then the machines vanish with
@@ -92,6 +93,12 @@ def queued(folder: pathlib.Path, verb: str, name: str, words: list[str]) -> int:
             take(folder, name)
         file.unlink()
         return 0
+    away = folder / "away"
+    if request["state"] == "ACTIVE" and away.exists():
+        left = int(away.read_text()) - 1
+        away.write_text(str(left)) if left else away.unlink()
+        print("ERROR: Unable to reach the server", file=sys.stderr)
+        return 1
     mark = folder / "taken" / name
     request["looks"] += 1
     if request["state"] == "WAITING_FOR_RESOURCES" and request["looks"] >= LOOKS:

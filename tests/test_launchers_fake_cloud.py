@@ -129,11 +129,13 @@ def test_a_slice_that_is_taken_away_is_requested_again_and_the_job_goes_on(
 
 def test_a_failure_is_started_again_on_the_same_slice(cloud, small, monkeypatch, capsys):
     monkeypatch.setenv("FAIL_ONCE", "3")
+    (cloud.folder / "away").write_text("3")  # the network, which is no reason to do anything
     main(cloud.up(secrets=["FAIL_ONCE"]))
     assert "failed, restart 1 of 3" in capsys.readouterr().out
     assert "this step fails once" in cloud.log(1) and "starts at 3" in cloud.log(2)
     made = [c[3] for c in fake_cloud.calls(cloud.folder) if c[2:3] == ["queued-resources"]]
     assert made.count("create") == 1 and cloud.step() == STEPS
+    assert not (cloud.folder / "away").exists()
     cloud.assert_nothing_is_left()
 
 
