@@ -242,6 +242,16 @@ def check_tools(at: TpuTarget) -> None:
         )
 
 
+def check_agent() -> None:
+    """gcloud reaches several hosts at once with a key of the agent alone. Raises SystemExit."""
+    plan.check_program("ssh-add", "Install OpenSSH's client.")
+    if plan.call(Command(("ssh-add", "-l"))).code:
+        raise SystemExit(
+            "a slice of several hosts needs your key in an ssh agent: `eval $(ssh-agent)`, then "
+            "`ssh-add ~/.ssh/google_compute_engine` (the first `gcloud compute ssh` makes it)."
+        )
+
+
 def _setting(name: str) -> str:
     """A setting of gcloud's own, or ""."""
     done = plan.call(Command(("gcloud", "config", "get-value", name, "--quiet")))

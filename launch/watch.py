@@ -318,6 +318,8 @@ def up(args: tpu.TpuUp) -> None:
         print(plan.script(tpu.whole(args, kind, bundle)), end="")
         return
     tpu.check_tools(args.target())
+    if kind.hosts > 1:
+        tpu.check_agent()
     print(jobs.estimate(kind.chips, args.price, args.hours))
     run(Watch(args, kind, bundle))
 

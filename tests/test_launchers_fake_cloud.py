@@ -239,6 +239,14 @@ UP = [
 ]
 
 
+def test_several_hosts_need_a_key_in_the_agent(tmp_path, monkeypatch):
+    answering(tmp_path, monkeypatch)
+    (tmp_path / "bin" / "ssh-add").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "bin" / "ssh-add").chmod(0o755)
+    with pytest.raises(SystemExit, match="ssh-add ~/.ssh/google_compute_engine"):
+        main([*UP, "--accelerator", "v6e-16", "--out", str(tmp_path)])
+
+
 def test_a_request_that_fails_is_not_repeated(tmp_path, monkeypatch):
     told = json.dumps({"state": {"state": "FAILED", "failedData": {"error": "no quota"}}})
     answering(tmp_path, monkeypatch, out=told)
