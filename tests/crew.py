@@ -39,8 +39,7 @@ def run_of(kind: str, folder: str) -> config.AnyRun:
         budget=layout.Budget(rows=8, tokens=192, scored=96, branches=16, frames=8, patches=16),
     )
     common = {"model": f"{folder}/ready", "compute": Compute(remat="none"), "tensor": 2}
-    # A large eps: at the usual one the sign of a gradient that is nearly zero would be a whole step.
-    trained = {"steps": STEPS, "log_every": 1, "optimizer": AdamW(lr=1e-2, warmup=0, eps=1e-3)}
+    trained = {"steps": STEPS, "log_every": 1, "optimizer": AdamW(lr=1e-2, warmup=0)}
     trained |= {"export_dtype": "float32"}
     match kind:
         case "sft":

@@ -86,7 +86,7 @@ def same_numbers(a, b):
         )
 
 
-def same_runs(one, other, *kinds):
+def same_runs(folder, one, other, *kinds):
     for kind in kinds:
         if kind in ("eval", "probe"):
             name = "none/predictions.jsonl" if kind == "eval" else "predictions.jsonl"
@@ -98,14 +98,14 @@ def same_runs(one, other, *kinds):
                 np.testing.assert_allclose(*drawn, atol=1e-4)
             continue
         same_numbers(*(lines(out / kind / "metrics.jsonl") for out in (one, other)))
-        weights = [
-            safetensors.numpy.load_file(out / kind / "model/model.safetensors")
-            for out in (one, other)
-        ]
-        assert weights[0].keys() == weights[1].keys()
-        for name in weights[0]:
-            a, b = (w[name] for w in weights)
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=name)
+        first, a, b = (
+            safetensors.numpy.load_file(path / "model.safetensors")
+            for path in (folder / "ready", one / kind / "model", other / kind / "model")
+        )
+        assert a.keys() == b.keys() == first.keys()
+        for name in a:  # Adam makes a whole step of the sign of a gradient that is nearly zero
+            moved, apart = np.linalg.norm(a[name] - first[name]), np.linalg.norm(a[name] - b[name])
+            assert apart <= 1e-3 * moved, (kind, name, moved, apart)
 
 
 KINDS = ("sft", "dpo", "dna", "eval", "probe")
@@ -117,6 +117,6 @@ def test_two_processes_are_one(folder, tmp_path):
     for kind in KINDS:
         assert (one / kind).is_dir(), said[0][-2000:]
         assert (two / kind).is_dir(), "\n".join(s[-2000:] for s in more)
-    same_runs(one, two, *KINDS)
+    same_runs(folder, one, two, *KINDS)
     tables = [sorted((out / "dna/rollouts").glob("*.parquet")) for out in (one, two)]
     assert len(tables[0]) == len(tables[1]) == 2
