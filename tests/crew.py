@@ -1,10 +1,12 @@
 """One process of a crew that trains, samples and evaluates together, by the real entry points.
 
-python tests/crew.py FOLDER OUT PORT I N [sft dpo dna eval ...]      8 devices over N processes
+python tests/crew.py FOLDER OUT PORT I N [sft dpo dna eval probe endless breaks ...]
 
-FOLDER has shards and a model folder "ready". OUT/<kind> gets what the run writes.
+Eight devices over N processes. FOLDER has shards and a model folder "ready". OUT/<kind> gets what
+the run writes. "endless" is SFT that goes on; in "breaks" the data of the last process then fail.
 """
 
+import dataclasses
 import pathlib
 import sys
 
@@ -42,6 +44,8 @@ def run_of(kind: str, folder: str) -> config.AnyRun:
     trained = {"steps": STEPS, "log_every": 1, "optimizer": AdamW(lr=1e-2, warmup=0)}
     trained |= {"export_dtype": "float32"}
     match kind:
+        case "endless" | "breaks":
+            return dataclasses.replace(run_of("sft", folder), steps=10**6)
         case "sft":
             return config.SFTRun(data=data("sft"), **common, **trained)
         case "dpo":
@@ -66,12 +70,24 @@ def run_of(kind: str, folder: str) -> config.AnyRun:
     raise ValueError(f"no run {kind!r}")
 
 
+def break_data() -> None:
+    """Every batch after this one fails, as a record can that is found to be too long."""
+
+    def broken(self, update):
+        raise ValueError("record 'r' is broken")
+
+    pipeline._Pack.__call__ = broken
+
+
 def main(folder: str, out: str, port: str, process: str, processes: str, *kinds: str) -> None:
     jax.config.update("jax_num_cpu_devices", DEVICES // int(processes))
+    hosts.SILENCE = 10
     if int(processes) > 1:
         hosts.start(f"localhost:{port},{process},{processes}")
     do = {"eval": runs.evaluate, "probe": runs.probe}
     for kind in kinds:
+        if kind == "breaks" and int(process) == int(processes) - 1:
+            break_data()
         do.get(kind, runs.train)(run_of(kind, folder), pathlib.Path(out, kind))
 
 
