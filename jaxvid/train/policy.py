@@ -29,7 +29,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Bool
 
-from jaxvid import rewards
+from jaxvid import rewards, sharding
 from jaxvid.batch import Batch
 from jaxvid.data import layout
 from jaxvid.data.chat import Chat
