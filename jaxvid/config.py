@@ -6,7 +6,6 @@ Every field is a flag of the command line (`--optimizer.lr 1e-3`), by tyro. Path
 
 import dataclasses
 import importlib.resources
-import json
 import pathlib
 import typing
 from typing import Any, Literal
@@ -30,6 +29,7 @@ from jaxvid.rollout import steps as step_pairs
 from jaxvid.rollout.sampler import Sampling
 from jaxvid.train import groups, loop
 from jaxvid.train import state as states
+from jaxvid.train.checkpoint import differences as differences
 from jaxvid.train.optimizers import Adafactor, AdamW, Muon, Rates
 
 SHIPPED = "@checkpoints/"
@@ -237,16 +237,6 @@ def plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return {"class": type(value).__name__} | {k: plain(v) for k, v in _fields(value).items()}
     return [plain(v) for v in value] if isinstance(value, tuple) else value
-
-
-def differences(before: Any, after: Any, path: str = "") -> list[str]:
-    """`field: old -> new` for everything that differs between two saved runs."""
-    if not (isinstance(before, dict) and isinstance(after, dict)):
-        return [] if before == after else [f"{path}: {json.dumps(before)} -> {json.dumps(after)}"]
-    names = sorted(before.keys() | after.keys())
-    join = lambda name: f"{path}.{name}" if path else name
-    found = [differences(before.get(n), after.get(n), join(n)) for n in names]
-    return [line for lines in found for line in lines]
 
 
 def read(saved: dict[str, Any]) -> AnyRun:

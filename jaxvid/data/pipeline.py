@@ -2,18 +2,17 @@
 
     record -> Builder -> trees -> (one update's records) -> layout.pack -> layout.stack -> Batch
 
-Everything up to the batch is a function of (seed, index), so an iterator's state is its index:
-resuming is exact, whatever the number of workers. A record's trees (both sides of a duality pair)
-are one group, so they are always in one micro-batch.
+Everything up to the batch is a function of (seed, index), so a stream's place is an index: resuming
+is exact, whatever the number of workers and of processes. A record's trees (both sides of a duality
+pair) are one group, so they are always in one micro-batch.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-from absl import flags
 from jaxtyping import UInt8
 
 from jaxvid.batch import Batch
@@ -21,6 +20,7 @@ from jaxvid.data import layout, media, records, replies, shards, sound
 from jaxvid.data.chat import Chat
 from jaxvid.data.layout import Branch, Tree
 from jaxvid.data.sidecar import Numbers, Sidecar
+from jaxvid.data.stream import Items
 from jaxvid.prompting import Medium, Prompting
 
 SUPERVISED = ("sft", "choice", "caption")  # tasks whose `answer` responses are imitated
@@ -296,9 +296,20 @@ class Clip(NamedTuple):
 # Reading ----------------------------------------------------------------------------------------
 
 
-def _mixture(data: Data, seed: int, epochs: int | None) -> grain.MapDataset:
+def _sources(data: Data) -> list[shards.Source]:
+    return [shards.Source(folder, data.split) for folder in data.shards]
+
+
+def _identity(data: Data, seed: int, sources: list[shards.Source]) -> dict[str, Any]:
+    """What the order of the records is a function of; plain JSON."""
+    found = {"shards": [repr(s) for s in sources], "weights": list(data.weights)}
+    return found | {"seed": seed, "pairs": data.pairs}
+
+
+def _mixture(
+    data: Data, seed: int, epochs: int | None, sources: list[shards.Source]
+) -> grain.MapDataset:
     """(record, its own random numbers) of all parts, shuffled anew each epoch; endless if None."""
-    sources = [shards.Source(folder, data.split) for folder in data.shards]
     parts = []
     for i, source in enumerate(sources):
         own = int(np.random.SeedSequence((seed, i)).generate_state(1)[0])  # parts differ in order
@@ -340,7 +351,12 @@ class _Pack:
 
 
 def _updates(
-    data: Data, seed: int, process: int, processes: int, epochs: int | None
+    data: Data,
+    seed: int,
+    process: int,
+    processes: int,
+    epochs: int | None,
+    sources: list[shards.Source],
 ) -> grain.MapDataset:
     """Lists of (record, seed): the share of this process in each update."""
     _check_divides(data, processes)
@@ -349,7 +365,7 @@ def _updates(
             "with several processes every one must make the same number of micro-batches: set "
             "data.microbatches"
         )
-    records_ = _mixture(data, seed, epochs).slice(slice(process, None, processes))
+    records_ = _mixture(data, seed, epochs, sources).slice(slice(process, None, processes))
     return records_.batch(data.pairs // processes, drop_remainder=epochs is None, batch_fn=list)
 
 
@@ -369,16 +385,18 @@ def batches(
     process: int = 0,
     processes: int = 1,
     epochs: int | None = None,
-) -> grain.IterDataset:
+) -> Items:
     """Batches, one an update, with a leading axis of micro-batches. `epochs` None never ends.
 
-    The iterator's `get_state` and `set_state` resume exactly. Element n depends on (data, seed, n)
-    alone, not on `data.workers`.
+    The iterator's `get_state` and `set_state` resume exactly, also with another number of
+    processes: the place is the number of updates. Element n depends on (data, seed, n) alone, not
+    on `data.workers`.
     """
-    updates = _updates(data, seed, process, processes, epochs)
+    sources = _sources(data)
+    updates = _updates(data, seed, process, processes, epochs, sources)
     budget = dataclasses.replace(data.budget, rows=data.budget.rows // processes)
     pack = _Pack(builder, budget, process * (data.pairs // processes))
-    return _iterate(updates.map(pack), data.workers)
+    return Items(updates.map(pack), _identity(data, seed, sources), workers=data.workers)
 
 
 def update_ids(
@@ -388,7 +406,8 @@ def update_ids(
 
     With several processes, of this process's share. Reads the records again; for reports.
     """
-    return [r.id for r, _ in _updates(data, seed, process, processes, None)[step]]
+    updates = _updates(data, seed, process, processes, None, _sources(data))
+    return [r.id for r, _ in updates[step]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -405,15 +424,18 @@ class _Ask:
 
 def prompts(
     data: Data, builder: Builder, seed: int, *, process: int = 0, processes: int = 1
-) -> grain.IterDataset:
+) -> Items:
     """Policy questions for the sampler, without end: (record, trees, examples).
 
     A record met again asks one of its questions drawn anew. Of several processes each has every
-    so-many-th.
+    so-many-th; the place is the number of questions taken by all, which must take equally many.
     """
     _check_divides(data, processes)
-    drawn = _mixture(data, seed, None).slice(slice(process, None, processes))
-    return _iterate(drawn.map(_Ask(builder)), data.workers, ahead=data.pairs)
+    sources = _sources(data)
+    drawn = _mixture(data, seed, None, sources).slice(slice(process, None, processes))
+    asked = drawn.map(_Ask(builder))
+    of = _identity(data, seed, sources)
+    return Items(asked, of, unit=processes, workers=data.workers, ahead=data.pairs)
 
 
 def questions(
@@ -433,26 +455,11 @@ def probes(
 
 
 def _numbered(data, build, count, process, processes) -> Iterator[tuple[int, Prompts]]:
-    sources = [shards.Source(folder, data.split) for folder in data.shards]
     number = 0
-    for k, record in enumerate(s[i] for s in sources for i in range(len(s))):
+    for k, record in enumerate(s[i] for s in _sources(data) for i in range(len(s))):
         if k % processes == process:
             found = build(record)
             yield from enumerate(found, number)
             number += len(found)
         else:
             number += count(record)  # of another process: its clips are not decoded here
-
-
-def _iterate(dataset: grain.MapDataset, workers: int, *, ahead: int = 2) -> grain.IterDataset:
-    """Elements are made `ahead` of their use. Where they are whole batches, a deep buffer would be
-    many copies of a large array."""
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=max(ahead, 2))
-    out = dataset.to_iter_dataset(options)
-    if not workers:
-        return out
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS(["jaxvid"])  # Grain's workers read absl flags, which must be parsed
-    return out.mp_prefetch(
-        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    )

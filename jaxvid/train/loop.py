@@ -33,7 +33,7 @@ from jax.sharding import Mesh
 from jaxvid import sharding
 from jaxvid.batch import Batch, Loss
 from jaxvid.train import metrics, step
-from jaxvid.train.checkpoint import Checkpoints, Meta
+from jaxvid.train.checkpoint import Checkpoints, Meta, code_version, say
 from jaxvid.train.optimizers import Rates
 from jaxvid.train.state import TrainState
 
@@ -89,7 +89,7 @@ def train(
     config: dict[str, Any] | None = None,
     describe: Callable[[int, Any], list[str]] | None = None,
 ) -> Result:
-    """Run to `settings.steps`, from the last checkpoint in `workdir` if there is one.
+    """Run to `settings.steps`, from the last whole checkpoint in `workdir` if there is one.
 
     rate: learning rate by optimizer step, for the log. evaluate: validation metrics of a state,
     named eval_*. describe: names of the records in item n, for the error that stops a run.
@@ -100,13 +100,17 @@ def train(
     with contextlib.closing(saver):
         start = 0
         if saver.latest() is not None:
-            start, state, meta = saver.restore(state)
+            start, state, meta = saver.restore(state, config=config)
             stream.set_state(meta.data)
+            if meta.code != code_version():
+                say(f"changed since step {start}: jaxvid {meta.code} -> {code_version()}")
         meta = lambda: Meta(settings.seed, stream.get_state(), config or {})
         with (
             _Log(workdir, settings, start, rate, describe or record_numbers) as log,
             _Stop() as stop,
         ):
+            for bad in saver.passed:
+                log.writer.write(start, {"checkpoint/damaged": float(bad)})
             done = start
             for n in range(start + 1, settings.steps + 1):
                 item = _take(stream, n, settings.steps)
