@@ -14,7 +14,8 @@ import pairs
 import pytest
 import safetensors.numpy
 
-from jaxvid.data import records
+from jaxvid import hosts, sharding
+from jaxvid.data import pipeline, records
 from jaxvid.data.records import Example, Response
 from jaxvid.models import hf
 
