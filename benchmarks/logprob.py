@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from benchmarks import measure, tpu
+from benchmarks import measure
 from benchmarks.measure import MIB, Row
 from jaxvid.ops.logprob import logprob, logprob_ref
+from launch.ahead import chips
 
 CHUNKS = 4  # of the rematerialised baseline
 
@@ -61,7 +62,7 @@ def gradient(f):
 
 def on_tpu(scored: int, vocab: int, width: int, dtype: str) -> list[Row]:
     """Temporaries of one v5e chip, by the compiler."""
-    mesh = tpu.mesh("v5e:2x2", devices=1)
+    mesh = chips.mesh("v5e:2x2", devices=1)
     here = NamedSharding(mesh, PartitionSpec())
     held = {}
     for name, f in (("op", op), ("full", definition)):
@@ -69,7 +70,7 @@ def on_tpu(scored: int, vocab: int, width: int, dtype: str) -> list[Row]:
         args = like((1, scored, width), jnp.dtype(dtype)), like((vocab, width), jnp.float32)
         facts = like((1, scored), jnp.int32), like((1, scored), jnp.float32)
         with jax.set_mesh(mesh):
-            held[name] = tpu.memory(gradient(f).lower(*args, *facts).compile())
+            held[name] = chips.memory(gradient(f).lower(*args, *facts).compile())
     of = {name: m.temporaries for name, m in held.items()}
     at = f"v5e, S = {scored}, V = {vocab}, D = {width}, {dtype}"
     sizes = f"{of['op'] / MIB:.0f} / {of['full'] / MIB:.0f}"

@@ -19,7 +19,6 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from benchmarks import tpu
 from jaxvid import sharding
 from jaxvid.batch import AudioBatch, Batch, Branches, TokenBatch, VisionBatch
 from jaxvid.models import decoder, qwen25vl, vision
@@ -28,6 +27,7 @@ from jaxvid.objectives.policy import Policy
 from jaxvid.objectives.preference import DPO
 from jaxvid.objectives.sft import SFT
 from jaxvid.train import state, step
+from launch.ahead import chips
 
 GIB = 2**30
 # topology -> (tokens of a row, the least that the peers need there, what we want to stay below)
@@ -87,11 +87,11 @@ def measure(topology: str, name: str, parts: int) -> str:
     """One row of the table."""
     tokens, peers, wanted = SLICES[topology]
     objective, branches = OBJECTIVES[name]
-    mesh = tpu.mesh(topology)
+    mesh = chips.mesh(topology)
     batch = abstract_batch(mesh, mesh.size, tokens, tokens, branches)
     lowered = lower(mesh, config(parts=parts), objective, batch)
     start = time.perf_counter()
-    used = tpu.memory(lowered.compile())
+    used = chips.memory(lowered.compile())
     took = time.perf_counter() - start
     both = used.arguments + used.temporaries
     figures = (used.arguments, used.temporaries, both, used.peak)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import flops, measure, tpu
+from benchmarks import measure
 from benchmarks.measure import GIB, Row
 from jaxvid import sharding
 from jaxvid.batch import Batch
@@ -34,6 +34,7 @@ from jaxvid.objectives.policy import Policy
 from jaxvid.ops import _flash
 from jaxvid.train import state as states
 from jaxvid.train import step
+from launch.ahead import chips, flops
 
 RATE = 1e-5  # of AdamW
 DECAY = 0.9  # of its first moment
@@ -180,12 +181,12 @@ def on_tpu(group: Group, cfg: qwen25vl.Config, mesh: jax.sharding.Mesh, batch: B
         like = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
         args = jax.tree.map(like, state, placed), abstract(batch, mesh, micro)
         work = flops.count(advance, *args, shares=shares) / mesh.size
-        return work, tpu.memory(advance.lower(*args).compile())
+        return work, chips.memory(advance.lower(*args).compile())
 
 
 def compare_on_tpu(group: Group, cfg: qwen25vl.Config, topology: str) -> list[Row]:
     """FLOPs and memory, tree against separate sequences."""
-    mesh = tpu.mesh(topology)
+    mesh = chips.mesh(topology)
     run = functools.partial(on_tpu, group, cfg, mesh)
     tree, apart = tree_batch(group, cfg.text.vocab), separate_batch(group, cfg.text.vocab)
     (work, held), (others, wide), (_, thin) = (

@@ -5,6 +5,8 @@ jaxvid-launch local [--workdir runs/local] [--videos DIR] [--fast]
 jaxvid-launch {tpu,gke,slurm,sky} up CONFIG --name NAME --workdir FOLDER ... [-- RECIPE'S FLAGS]
 
 jaxvid-launch {tpu,gke,slurm,sky} {status,logs,down} --name NAME ...
+
+jaxvid-launch preflight CONFIG [--topology v5p:4x4x4] [--search rows]
 """
 
 import dataclasses
@@ -17,9 +19,11 @@ import tyro
 
 from launch import gke, job, sky, slurm, tpu, watch
 from launch.local import Local, local
+from launch.preflight import Preflight, preflight
 
 VERBS = {  # TpuUp is `tpu up`
     Local: local,
+    Preflight: preflight,
     tpu.TpuUp: watch.up,
     tpu.TpuStatus: watch.status,
     tpu.TpuLogs: watch.logs,

@@ -15,23 +15,24 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
-def count(f, *args, shares: Mapping[str, float] | None = None) -> float:
+def count(f, *args, shares: Mapping[str, float] | None = None, loop: int = 0) -> float:
     """FLOPs of f(*args), over all devices. `args` may be ShapeDtypeStructs.
 
     `shares` is, by the name of its kernel's function, the share of the grid's steps that a Pallas
-    kernel works in; a kernel not named works in all of them. Raises ValueError for products in a
-    loop of unknown length, and for convolutions.
+    kernel works in; a kernel not named works in all of them. `loop` is what a while loop counts
+    for, whose length the program does not state. Raises ValueError for products in such a loop
+    where that is 0, and for convolutions.
     """
-    return of_jaxpr(jax.make_jaxpr(f)(*args).jaxpr, shares or {})
+    return of_jaxpr(jax.make_jaxpr(f)(*args).jaxpr, shares or {}, loop)
 
 
-def of_jaxpr(jaxpr: Jaxpr, shares: Mapping[str, float]) -> float:
+def of_jaxpr(jaxpr: Jaxpr, shares: Mapping[str, float], loop: int = 0) -> float:
     """FLOPs of a jaxpr; see `count`."""
-    return sum(_of_equation(e, shares) for e in jaxpr.eqns)
+    return sum(_of_equation(e, shares, loop) for e in jaxpr.eqns)
 
 
-def _of_equation(e, shares):
-    name, inside = e.primitive.name, [of_jaxpr(j, shares) for j in _inside(e.params)]
+def _of_equation(e, shares, loop):
+    name, inside = e.primitive.name, [of_jaxpr(j, shares, loop) for j in _inside(e.params)]
     match name:
         case "dot_general":
             return _product(e)
@@ -39,6 +40,8 @@ def _of_equation(e, shares):
             raise ValueError("a convolution is not counted; write it as a product, or add it here")
         case "scan":
             return e.params["length"] * sum(inside)
+        case "while" if loop:
+            return loop * sum(inside)
         case "while" if sum(inside):
             raise ValueError("products in a while loop, whose length the program does not state")
         case "cond":
