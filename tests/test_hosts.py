@@ -20,7 +20,7 @@ from jaxvid.data.records import Example, Response
 from jaxvid.models import hf
 
 TESTS = pathlib.Path(__file__).parent
-PATIENCE = 240  # seconds that a crew may take
+PATIENCE = 600  # seconds that a crew may take
 VARY = ("step_time", "perf/", "time/")  # what no two runs have in common
 
 

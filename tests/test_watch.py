@@ -64,3 +64,10 @@ def test_memory_is_told_where_it_is_known(monkeypatch):
 
     monkeypatch.setattr(watch.jax, "local_devices", lambda: [Device()])
     assert watch.memory() == {"perf/memory_peak_gib": 3.0}
+
+
+def test_memory_of_the_host_is_told():
+    before = watch.host_memory()["perf/host_peak_gib"]
+    ballast = bytearray(512 * 2**20)
+    ballast[:: 2**12] = b"1" * len(ballast[:: 2**12])  # touched, so resident
+    assert before > 0.05 and watch.host_memory()["perf/host_peak_gib"] > 0.5

@@ -288,6 +288,7 @@ class _Log:
             )
         values |= {"step_time": seconds, "perf/throughput": values["num_tokens"] / seconds}
         values |= {"perf/input_wait": waited / max(seconds, waited), **watch.memory()}
+        values |= watch.host_memory()
         if (moved := values.pop("optimizer_step", 0.0)) > 0:  # the rate of the step just made
             values["learning_rate"] = rate = float(self.rate(np.int32(moved - 1)))
             values |= {f"learning_rate/{p}": rate * f for p, f in self.settings.rates}

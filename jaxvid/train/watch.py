@@ -2,6 +2,7 @@
 
 import faulthandler
 import pathlib
+import resource
 import signal
 import sys
 import threading
@@ -89,3 +90,9 @@ def memory() -> dict[str, float]:
     told = [d.memory_stats() for d in jax.local_devices()]
     peaks = [t["peak_bytes_in_use"] for t in told if t and "peak_bytes_in_use" in t]
     return {"perf/memory_peak_gib": max(peaks) / 2**30} if peaks else {}
+
+
+def host_memory() -> dict[str, float]:
+    """Most memory that this process had resident so far, in GiB."""
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return {"perf/host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
