@@ -4,6 +4,8 @@ A clip is 20 frames of 32 x 32 pixels over 3.2 s: 10 temporal patches of 16 patc
 the decoder. Its sound has a token every 40 ms: 80, from two chunks of two seconds.
 """
 
+import dataclasses
+
 from jaxvid.data import layout, media, pipeline
 
 BASE = "@checkpoints/tiny_omni"
@@ -30,12 +32,19 @@ def budget(rows: int, clips: int = 2) -> layout.Budget:
 def supervised(
     clips: int, pairs: int, shards: tuple[str, ...], *, split: str = "train", questions: int = 3
 ) -> pipeline.Data:
-    """Answers to questions about `clips` clips of `pairs` records an update."""
+    """Answers to questions about `clips` clips of `pairs` records an update.
+
+    With `questions` 0 all are asked, and every probe as often of the original as of its twin. A row
+    then holds an original (440 tokens at most) and a mute clip, or the other two.
+    """
+    room = budget(-(-clips // 2))
+    if not questions:
+        room = dataclasses.replace(room, tokens=704, scored=192, branches=10)
     return pipeline.Data(
         shards=shards,
         split=split,
         tasks=("sft", "choice"),
-        budget=budget(-(-clips // 2)),
+        budget=room,
         pairs=pairs,
         sampling=SAMPLING,
         sound=True,
@@ -45,9 +54,13 @@ def supervised(
 
 
 def preferences(records: int, shards: tuple[str, ...], *, split: str = "train") -> pipeline.Data:
-    """Chosen and rejected replies to up to four questions a clip; as many records of each part."""
+    """Chosen and rejected replies to up to four questions a clip; as many records of each part.
+
+    An original has 546 tokens at most, 205 of them scored, in 25 branches. The clips of two
+    intervened and two general records fit six rows.
+    """
     room = layout.Budget(
-        rows=2 * records, tokens=640, scored=320, branches=16, frames=20, patches=16, chunks=4
+        rows=3 * records // 2, tokens=640, scored=320, branches=48, frames=20, patches=16, chunks=4
     )
     return pipeline.Data(
         shards=shards,

@@ -6,7 +6,6 @@ Every field is a flag of the command line (`--optimizer.lr 1e-3`), by tyro. Path
 
 import dataclasses
 import importlib.resources
-import json
 import pathlib
 import typing
 from typing import Any, Literal
@@ -30,6 +29,7 @@ from jaxvid.rollout import steps as step_pairs
 from jaxvid.rollout.sampler import Sampling
 from jaxvid.train import groups, loop
 from jaxvid.train import state as states
+from jaxvid.train.checkpoint import differences as differences
 from jaxvid.train.optimizers import Adafactor, AdamW, Muon, Rates
 
 SHIPPED = "@checkpoints/"
@@ -88,6 +88,8 @@ class Run(Job):
     best: str = "eval_loss"  # the validation metric that names the best checkpoint
     best_mode: Literal["min", "max"] = "min"
     patience: int = 5  # steps in a row without a finite loss that stop the run
+    profile: tuple[int, int] = (0, 0)  # first and last step that the profiler traces; 0 0 is none
+    stall_minutes: float = 60.0  # without a step that end the run, stacks on stderr; 0 = never
     export_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of WORKDIR/model
 
     def loop_settings(self) -> loop.Settings:
@@ -237,16 +239,6 @@ def plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return {"class": type(value).__name__} | {k: plain(v) for k, v in _fields(value).items()}
     return [plain(v) for v in value] if isinstance(value, tuple) else value
-
-
-def differences(before: Any, after: Any, path: str = "") -> list[str]:
-    """`field: old -> new` for everything that differs between two saved runs."""
-    if not (isinstance(before, dict) and isinstance(after, dict)):
-        return [] if before == after else [f"{path}: {json.dumps(before)} -> {json.dumps(after)}"]
-    names = sorted(before.keys() | after.keys())
-    join = lambda name: f"{path}.{name}" if path else name
-    found = [differences(before.get(n), after.get(n), join(n)) for n in names]
-    return [line for lines in found for line in lines]
 
 
 def read(saved: dict[str, Any]) -> AnyRun:

@@ -62,12 +62,14 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p = verb("train", _train, "train by a recipe", "tiny_sft --workdir runs/sft", overrides=True)
     p.add_argument("config", nargs="?", help="path or name of a recipe, `:runlocal` for the small")
     p.add_argument("--workdir", type=pathlib.Path)
+    _distributed_flag(p)
     p = verb("score", _score, "a reference's log-probs, once", SCORE, overrides=True)
     p.add_argument("config", nargs="?", help="path or name of a recipe of preferences")
     p.add_argument("--out", type=pathlib.Path, help="folder; default: beside the first shards")
     p = verb("eval", _eval, "answer every pair", "tiny_eval --workdir runs/eval", overrides=True)
     p.add_argument("config", nargs="?", help="path or name of a recipe")
     p.add_argument("--workdir", type=pathlib.Path)
+    _distributed_flag(p)
     p = verb(
         "steps", _steps, "step pairs for pDPO", "tiny_steps --workdir runs/pdpo", overrides=True
     )
@@ -116,6 +118,14 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p = verb("report", _report, "one HTML file of a folder of stages", "runs/local")
     p.add_argument("workdir", type=pathlib.Path)
     return parser, made
+
+
+def _distributed_flag(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--distributed",
+        default="",
+        help="auto on a TPU slice, SLURM, GKE; or HOST:PORT,I,N; default: one process",
+    )
 
 
 def _tpl_flags(p: argparse.ArgumentParser) -> None:
@@ -175,8 +185,9 @@ def _from_command(args: argparse.Namespace, rest: list[str], folder: str = "work
 
 
 def _train(args: argparse.Namespace, rest: list[str]) -> int:
-    from jaxvid import config, runs
+    from jaxvid import config, hosts, runs
 
+    hosts.start(args.distributed)
     run = _from_command(args, rest)
     if not isinstance(run, config.Run):
         raise ValueError(f"{args.config} is a {type(run).__name__}; it does not train")
@@ -201,8 +212,9 @@ def _score(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _eval(args: argparse.Namespace, rest: list[str]) -> int:
-    from jaxvid import config, runs
+    from jaxvid import config, hosts, runs
 
+    hosts.start(args.distributed)
     run = _from_command(args, rest)
     if not isinstance(run, config.EvalRun | config.ProbeRun):
         raise ValueError(

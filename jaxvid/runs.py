@@ -19,7 +19,7 @@ import tyro
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxvid import config, perplexity, rewards, scoring, sharding
+from jaxvid import config, hosts, perplexity, rewards, scoring, sharding
 from jaxvid.config import AnyRun, EvalRun, ProbeRun, Run
 from jaxvid.data import chat, frames, pipeline, shards, sidecar
 from jaxvid.eval import probe as probes
@@ -98,7 +98,7 @@ def train(run: Run, workdir: pathlib.Path) -> loop.Result:
 
     Writes config.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, model/.
     """
-    mesh = sharding.make_mesh(run.replica, run.fsdp, run.tensor)
+    mesh = _mesh(run)
     sharding.row_sharding(mesh, run.data.budget.rows)  # says at once if the rows do not divide
     if isinstance(run, config.PolicyRun):
         rewards.check(run.reward)
@@ -137,7 +137,7 @@ def _update(
     """The update of a kind of run, the stream it reads, and what validation does to a batch."""
     builder = config.make_builder(run.model, loaded.cfg, run.data)
     builder = scoring.with_sidecar(run, builder, "data")
-    share = {"process": jax.process_index(), "processes": jax.process_count()}
+    share = hosts.share()
     temperature = run.rollout.sampling.temperature if isinstance(run, config.PolicyRun) else 1.0
     train_step = step.make_step(
         loaded.graph,
@@ -155,7 +155,7 @@ def _update(
             settings=run.rollout,
             graph=loaded.graph,
             chat=builder.chat,
-            stream=policy.Questions(prompts, run.data.pairs),
+            stream=policy.Questions(prompts, run.data.pairs // share["processes"]),
             train_step=train_step,
             score=score,
             reward=run.reward,
@@ -196,8 +196,7 @@ def _evaluation(run: Run, loaded: hf.Loaded, mesh: Mesh, prepare) -> loop.Evalua
     builder = scoring.with_sidecar(run, builder, "validation")
     parts = []
     if not isinstance(run, config.PolicyRun) and set(run.validation.tasks) != {"policy"}:
-        share = {"process": jax.process_index(), "processes": jax.process_count()}
-        data = pipeline.batches(run.validation, builder, run.seed, epochs=1, **share)
+        data = pipeline.batches(run.validation, builder, run.seed, epochs=1, **hosts.share())
         some = lambda: itertools.islice(iter(data), run.eval_batches or None)
         loss = step.make_eval(loaded.graph, run.objective)
         parts.append(loop.validation(loss, some, mesh, prepare=prepare))
@@ -215,13 +214,20 @@ def _record_ids(run: Run, n: int, item: Any) -> list[str]:
     """The ids of the records in update n."""
     if isinstance(run, config.PolicyRun):
         return sorted({question.record.id for question in item})
-    share = {"process": jax.process_index(), "processes": jax.process_count()}
-    return sorted(pipeline.update_ids(run.data, run.seed, n - 1, **share))
+    return sorted(pipeline.update_ids(run.data, run.seed, n - 1, **hosts.share()))
+
+
+def _mesh(run: AnyRun) -> Mesh:
+    mesh = sharding.make_mesh(run.replica, run.fsdp, run.tensor)
+    hosts.check(mesh)
+    return mesh
 
 
 def _save_config(run: AnyRun, workdir: pathlib.Path) -> dict[str, Any]:
     """Write config.json; on a folder of an earlier run, say what has changed since."""
     saved, path = config.plain(run), workdir / "config.json"
+    if jax.process_index():
+        return saved
     if path.is_file():
         changed = config.differences(json.loads(path.read_text()), json.loads(json.dumps(saved)))
         for line in changed:
@@ -275,7 +281,7 @@ def write_model(run: Run, cfg: Any, params: nnx.State, out: pathlib.Path) -> Non
 
 def evaluate(run: EvalRun, workdir: pathlib.Path) -> dict[str, evaluation.Results]:
     """Answer every pair under each control; WORKDIR/<control> gets replies and results."""
-    mesh = sharding.make_mesh(run.replica, run.fsdp, run.tensor)
+    mesh = _mesh(run)
     saved, found = _save_config(run, workdir), {}
     with jax.set_mesh(mesh):
         loaded = config.load_model(run, mesh)
@@ -292,7 +298,7 @@ def evaluate(run: EvalRun, workdir: pathlib.Path) -> dict[str, evaluation.Result
 def probe(run: ProbeRun, workdir: pathlib.Path) -> probes.Results:
     """Answer every probe; WORKDIR gets replies and results, and sound.json where it is asked."""
     rewards.check(run.reward)
-    mesh = sharding.make_mesh(run.replica, run.fsdp, run.tensor)
+    mesh = _mesh(run)
     saved = _save_config(run, workdir)
     with jax.set_mesh(mesh):
         loaded = config.load_model(run, mesh)
@@ -301,7 +307,7 @@ def probe(run: ProbeRun, workdir: pathlib.Path) -> probes.Results:
         found = probes.evaluate(
             model, builder, run.ask, run.reward, out=workdir, about=saved, mesh=mesh
         )
-    if run.sound:
+    if run.sound and jax.process_index() == 0:
         measured = sound.measures(found.predictions, seed=run.ask.seed)
         text = json.dumps({name: m._asdict() for name, m in measured.items()}, indent=1)
         (workdir / "sound.json").write_text(text + "\n")

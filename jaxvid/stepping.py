@@ -24,7 +24,7 @@ from tqdm import tqdm
 from jaxvid import config, files, rewards, sharding
 from jaxvid.config import StepsRun
 from jaxvid.data import records, shards
-from jaxvid.data.records import Example, Record, Response
+from jaxvid.data.records import Example, Record
 from jaxvid.rollout import contrast, steps
 
 
@@ -172,16 +172,9 @@ def _record(record: Record, line: dict[str, Any], saved: dict[str, Any]) -> Reco
             f"the journal has {line['record']!r} where the shards have {record.id!r}: they have "
             "changed since the run began. Give another --workdir"
         )
-    told = lambda e: (
-        e
-        | {
-            "options": tuple(e["options"]),
-            "responses": tuple(Response(**r) for r in e["responses"]),
-        }
-    )
     return dataclasses.replace(
         record,
-        examples=tuple(Example(**told(e)) for e in line["examples"]),
+        examples=tuple(records.example(e) for e in line["examples"]),
         schema=records.SCHEMA,
         provenance={
             "tool": "jaxvid steps",

@@ -64,7 +64,7 @@ def test_command_is_one_that_works(page, words, monkeypatch, tmp_path):
         assert called
     elif rest[0] in ("train", "eval", "score", "steps", "ablate"):
         own = [
-            i for i, w in enumerate(rest) if w in ("--workdir", "--out", "--seeds")
+            i for i, w in enumerate(rest) if w in ("--workdir", "--out", "--seeds", "--distributed")
         ]  # not of the recipe
         flags = [w for i, w in enumerate(rest) if i > 1 and i not in own and i - 1 not in own]
         monkeypatch.chdir(ROOT)

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import io
+import json
 
 import jax
 import numpy as np
@@ -162,6 +163,67 @@ def test_state_resumes_exactly(world):
     again.set_state(state)
     for batch in wanted:
         equal(next(again), batch)
+
+
+def test_another_number_of_processes_goes_on_from_the_same_place(world):
+    """One process, then two, then one with workers: each update has the records that it has in a
+    run of one."""
+    data, builder = setup(world, microbatches=4)
+
+    def stream(process=0, processes=1, workers=0):
+        how = dataclasses.replace(data, workers=workers)
+        return iter(pipeline.batches(how, builder, 0, process=process, processes=processes))
+
+    texts = lambda *batches: sorted(t for b in batches for t in replies(b, world[2]).values())
+    alone = stream()
+    whole = [texts(next(alone)) for _ in range(4)]
+    first = stream()
+    next(first)
+    two = [stream(p, 2) for p in range(2)]
+    for one in two:
+        one.set_state(json.loads(json.dumps(first.get_state())))
+    for n in (1, 2):
+        assert texts(*(next(one) for one in two)) == whole[n]
+    assert two[0].get_state() == two[1].get_state()
+    with contextlib.closing(stream(workers=2)) as last:
+        last.set_state(two[1].get_state())
+        assert texts(next(last)) == whole[3]
+        assert last.get_state()["taken"] == 4
+
+
+def test_questions_go_on_over_another_number_of_processes(world):
+    data, builder = setup(world, tasks=("policy",))
+    name = lambda q: (q.record.id, [e.prompt for e in q.examples])
+    stream = lambda *share: iter(
+        pipeline.prompts(data, builder, 0, **dict(zip(("process", "processes"), share)))
+    )
+    alone = stream()
+    whole = [name(next(alone)) for _ in range(12)]
+    first = stream()
+    for _ in range(4):
+        next(first)
+    two = [stream(p, 2) for p in range(2)]
+    for one in two:
+        one.set_state(first.get_state())
+    assert [name(next(one)) for _ in range(3) for one in two] == whole[4:10]
+    first.set_state(two[0].get_state())
+    assert [name(next(first)) for _ in range(2)] == whole[10:]
+    next(first)
+    with pytest.raises(ValueError, match="13 items were taken, .* 2 processes"):
+        two[0].set_state(first.get_state())
+
+
+def test_a_place_in_other_data_is_refused(world):
+    data, builder = setup(world)
+    state = iter(pipeline.batches(data, builder, 0)).get_state()
+    for seed, change, told in (
+        (1, {}, "seed: 0 -> 1"),
+        (0, {"pairs": 2}, r"pairs: \d -> 2"),
+        (0, {"shards": (world[1],)}, r"shards: .*records=10, content=.* -> .*records=5"),
+    ):
+        other = iter(pipeline.batches(dataclasses.replace(data, **change), builder, seed))
+        with pytest.raises(ValueError, match=f"lost or seen twice:\n  {told}"):
+            other.set_state(state)
 
 
 def test_workers_change_nothing(world):
@@ -362,7 +424,7 @@ def test_policy_prompts_are_pairs_of_one_question(world):
 
 def test_evaluation_asks_every_question_once_in_order(world):
     data, builder = setup(world, folders="ab", tasks=("policy",))
-    found = [(p.record.id, p.examples[0].name) for p in pipeline.questions(data, builder)]
+    found = [(p.record.id, p.examples[0].name) for _, p in pipeline.questions(data, builder)]
     wanted = [f"a{i}" for i in range(10)] + [f"b{i}" for i in range(5)]
     assert found == [(r, f"g{q} real") for r in wanted for q in range(2)]
 

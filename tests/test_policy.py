@@ -267,7 +267,8 @@ def test_the_pair_reward_reaches_the_advantages(run):
 def test_replies_are_the_records_own(run):
     """The same questions in another order draw the same replies; another step draws others."""
     parts = run.parts()
-    questions = list(itertools.islice(pipeline.questions(run.builder.data, run.builder), 3))
+    numbered = itertools.islice(pipeline.questions(run.builder.data, run.builder), 3)
+    questions = [q for _, q in numbered]
     net = nnx.merge(run.graph, run.start)
     with jax.set_mesh(run.mesh):
         a, _ = groups.sample(net, questions, jax.random.key(0), parts.draw)

@@ -84,6 +84,26 @@ def test_a_constant_answer_has_a_third_of_three_classes():
         sound.measures(predictions[1:])
 
 
+def test_a_difference_is_paired():
+    """Both replies to a record are drawn with it, so what they share is not noise."""
+    heard = ("drum", "nothing")
+    asked = [(f"r{i:02d}", m, "AB"[m > 0]) for i in range(20) for m in (0, 2)]
+    say = lambda right: [
+        prediction(r, "mute", m, a, a if right(i) else "AB"[a == "A"], heard)
+        for i, (r, m, a) in enumerate(asked)
+    ]
+    before, after = say(lambda i: i % 4 < 2), say(lambda i: i % 4 < 2 or i < 20)
+    found = sound.difference(after, before)
+    assert found["combined"].value == pytest.approx(0.25)
+    assert 0 < found["combined"].low < 0.25 < found["combined"].high
+    alone = sound.measures(after)["combined"].value - sound.measures(before)["combined"].value
+    assert found["combined"].value == pytest.approx(alone)
+    assert sound.difference(after, after)["combined"] == (0, 0, 0)
+    assert sound.difference(after, before) == sound.difference(after[::-1], before)
+    with pytest.raises(ValueError, match="20 replies after and 40 before are not to the same"):
+        sound.difference(after[:20], before)
+
+
 def test_any_clip_is_shifted_muted_and_swapped():
     """On footage: a phone's clip of other size, rate and codecs."""
     data = (CLIPS / "dog.mp4").read_bytes()
@@ -146,7 +166,8 @@ def test_a_record_has_every_probe_of_both_sides(intervened):
 def test_cross_temporal_pairs_are_the_reverse_of_one_another(intervened):
     """What is chosen on one clip is rejected on the other, but for the letter."""
     for record in intervened:
-        found = {(e.name.split()[0], e.media): e for e in record.examples if e.task == "preference"}
+        pairs = [e for e in record.examples if e.task == "preference" and " over " in e.name]
+        found = {(e.name.split()[0], e.media): e for e in pairs}
         for kind, other in (("shift", 1), ("offset", 1), ("mute", 2), ("swap", 3)):
             sides = [
                 {r.role: r.text.partition("</think>")[0] for r in found[kind, m].responses}
@@ -154,6 +175,23 @@ def test_cross_temporal_pairs_are_the_reverse_of_one_another(intervened):
             ]
             assert sides[0]["chosen"] == sides[1]["rejected"] != sides[0]["rejected"]
             assert sides[0]["rejected"] == sides[1]["chosen"]
+
+
+def test_verdicts_follow_one_right_thought(intervened):
+    """Prefix and chosen answer are the whole right reply; what is rejected is another answer."""
+    for record in intervened:
+        right = {
+            e.name: e.responses[0].text for e in record.examples if e.task in ("sft", "choice")
+        }
+        pairs = [e for e in record.examples if " verdict " in e.name]
+        assert len(pairs) == 8
+        for e in pairs:
+            chosen, *rejected = e.responses
+            kind = e.name.split()[0]
+            assert e.prefix + chosen.text == right[f"{kind} told {e.media}"]
+            assert len(rejected) == (2 if kind == "shift" else 1)
+            said = {r.text for r in e.responses}
+            assert len(said) == len(e.responses) and all(x.endswith("</answer>") for x in said)
 
 
 def test_the_gap_that_is_told_is_the_files(intervened):

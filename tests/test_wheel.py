@@ -37,6 +37,7 @@ def test_wheel_holds_recipes_checkpoint_and_programs(wheel):
         assert files.get(f"{checkpoint}/{name}"), name
     assert files[f"{checkpoint}/model.safetensors"] <= 8_000_000
     assert {"configs/tiny_dna.py", "jaxvid/eval/report.html", "launch/local.py"} <= set(files)
+    assert {"launch/bootstrap.sh", "launch/worker.sh"} <= set(files)
     entry = next(n for n in files if n.endswith("entry_points.txt"))
     text = zipfile.ZipFile(wheel).read(entry).decode()
     assert all(p in text for p in ("jaxvid =", "jaxvid-forge =", "jaxvid-launch ="))

@@ -263,6 +263,7 @@ def _examples(
             other = clips[next(s for s in sides if s != side)]
             wrong = _reply(question, other, options)
             found.append(_compared(name, media_, prompt, reply, wrong, options, letter))
+            found.append(_verdict(name, media_, prompt, reply, wrong, options))
     return found
 
 
@@ -282,6 +283,33 @@ def _compared(
     replies = (Response(chosen, "chosen", "temporal"), Response(rejected, "rejected", "temporal"))
     return Example(
         f"{name} over {media_}", "preference", media_, prompt, options, answer or chosen, replies
+    )
+
+
+def _verdict(
+    name: str, media_: int, prompt: str, right: str, wrong: str, options: tuple[str, ...]
+) -> Example:
+    """What is seen and heard, rightly told, and then the right answer over another.
+
+    Two whole replies part in their thought, and there a margin is won: the answer that follows a
+    right thought gets next to none of it. Here the thought is the same and stands before both.
+    """
+    thought, tag, answer = right.partition("<answer>")
+    others = [wrong.partition(tag)[2]]
+    if options == OPTIONS[WHEN]:  # the other direction too
+        others = [f"{a}</answer>" for a, _ in zip(LETTERS, options) if f"{a}</answer>" != answer]
+    told = (Response(answer, "chosen", "temporal"),)
+    told += tuple(Response(o, "rejected", "temporal") for o in others)
+    letter = answer.removesuffix("</answer>")
+    return Example(
+        f"{name} verdict {media_}",
+        "preference",
+        media_,
+        prompt,
+        options,
+        letter,
+        told,
+        prefix=thought + tag,
     )
 
 

@@ -2,18 +2,17 @@
 
     record -> Builder -> trees -> (one update's records) -> layout.pack -> layout.stack -> Batch
 
-Everything up to the batch is a function of (seed, index), so an iterator's state is its index:
-resuming is exact, whatever the number of workers. A record's trees (both sides of a duality pair)
-are one group, so they are always in one micro-batch.
+Everything up to the batch is a function of (seed, index), so a stream's place is an index: resuming
+is exact, whatever the number of workers and of processes. A record's trees (both sides of a duality
+pair) are one group, so they are always in one micro-batch.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-from absl import flags
 from jaxtyping import UInt8
 
 from jaxvid.batch import Batch
@@ -21,6 +20,7 @@ from jaxvid.data import layout, media, records, replies, shards, sound
 from jaxvid.data.chat import Chat
 from jaxvid.data.layout import Branch, Tree
 from jaxvid.data.sidecar import Numbers, Sidecar
+from jaxvid.data.stream import Items
 from jaxvid.prompting import Medium, Prompting
 
 SUPERVISED = ("sft", "choice", "caption")  # tasks whose `answer` responses are imitated
@@ -148,8 +148,22 @@ class Builder:
             )
         return trees
 
+    def count(self, record: records.Record) -> int:
+        """How many questions `prompts` gives. Raises as it does for their number."""
+        return len(self._sides(record)[0])
+
     def prompts(self, record: records.Record) -> list[Prompts]:
         """The policy questions of a record. The k-th question of each clip belong together."""
+        sides = self._sides(record)
+        clips = [self._clip(record, examples[0].media, False) for examples in sides]
+        out = []
+        for asked in zip(*sides):
+            trees = [self.tree(record.id, clip, e.prompt, ()) for clip, e in zip(clips, asked)]
+            out.append(Prompts(record, trees, list(asked)))
+        return out
+
+    def _sides(self, record: records.Record) -> list[list[records.Example]]:
+        """The policy questions of each clip that has some, as many of each."""
         policy = [e for e in record.examples if e.task == "policy"]
         sides = [[e for e in policy if e.media == i] for i in sorted({e.media for e in policy})]
         if not sides:
@@ -162,12 +176,7 @@ class Builder:
                 f"record {record.id!r} has {[len(s) for s in sides]} policy questions on its "
                 f"clips. Give every clip the same number: the k-th of each make a pair."
             )
-        clips = [self._clip(record, examples[0].media, False) for examples in sides]
-        out = []
-        for asked in zip(*sides):
-            trees = [self.tree(record.id, clip, e.prompt, ()) for clip, e in zip(clips, asked)]
-            out.append(Prompts(record, trees, list(asked)))
-        return out
+        return sides
 
     def alone(self, record: records.Record) -> list[Prompts]:
         """The policy questions of a record, each by itself on its own clip."""
@@ -287,9 +296,20 @@ class Clip(NamedTuple):
 # Reading ----------------------------------------------------------------------------------------
 
 
-def _mixture(data: Data, seed: int, epochs: int | None) -> grain.MapDataset:
+def _sources(data: Data) -> list[shards.Source]:
+    return [shards.Source(folder, data.split) for folder in data.shards]
+
+
+def _identity(data: Data, seed: int, sources: list[shards.Source]) -> dict[str, Any]:
+    """What the order of the records is a function of; plain JSON."""
+    found = {"shards": [repr(s) for s in sources], "weights": list(data.weights)}
+    return found | {"seed": seed, "pairs": data.pairs}
+
+
+def _mixture(
+    data: Data, seed: int, epochs: int | None, sources: list[shards.Source]
+) -> grain.MapDataset:
     """(record, its own random numbers) of all parts, shuffled anew each epoch; endless if None."""
-    sources = [shards.Source(folder, data.split) for folder in data.shards]
     parts = []
     for i, source in enumerate(sources):
         own = int(np.random.SeedSequence((seed, i)).generate_state(1)[0])  # parts differ in order
@@ -331,21 +351,30 @@ class _Pack:
 
 
 def _updates(
-    data: Data, seed: int, process: int, processes: int, epochs: int | None
+    data: Data,
+    seed: int,
+    process: int,
+    processes: int,
+    epochs: int | None,
+    sources: list[shards.Source],
 ) -> grain.MapDataset:
     """Lists of (record, seed): the share of this process in each update."""
-    if data.pairs % processes or data.budget.rows % processes:
-        raise ValueError(
-            f"data.pairs {data.pairs} and budget.rows {data.budget.rows} must both divide over "
-            f"{processes} processes"
-        )
+    _check_divides(data, processes)
     if processes > 1 and not data.microbatches:
         raise ValueError(
             "with several processes every one must make the same number of micro-batches: set "
             "data.microbatches"
         )
-    records_ = _mixture(data, seed, epochs).slice(slice(process, None, processes))
+    records_ = _mixture(data, seed, epochs, sources).slice(slice(process, None, processes))
     return records_.batch(data.pairs // processes, drop_remainder=epochs is None, batch_fn=list)
+
+
+def _check_divides(data: Data, processes: int) -> None:
+    if data.pairs % processes or data.budget.rows % processes:
+        raise ValueError(
+            f"data.pairs {data.pairs} and budget.rows {data.budget.rows} must both divide over "
+            f"{processes} processes"
+        )
 
 
 def batches(
@@ -356,16 +385,18 @@ def batches(
     process: int = 0,
     processes: int = 1,
     epochs: int | None = None,
-) -> grain.IterDataset:
+) -> Items:
     """Batches, one an update, with a leading axis of micro-batches. `epochs` None never ends.
 
-    The iterator's `get_state` and `set_state` resume exactly. Element n depends on (data, seed, n)
-    alone, not on `data.workers`.
+    The iterator's `get_state` and `set_state` resume exactly, also with another number of
+    processes: the place is the number of updates. Element n depends on (data, seed, n) alone, not
+    on `data.workers`.
     """
-    updates = _updates(data, seed, process, processes, epochs)
+    sources = _sources(data)
+    updates = _updates(data, seed, process, processes, epochs, sources)
     budget = dataclasses.replace(data.budget, rows=data.budget.rows // processes)
     pack = _Pack(builder, budget, process * (data.pairs // processes))
-    return _iterate(updates.map(pack), data.workers)
+    return Items(updates.map(pack), _identity(data, seed, sources), workers=data.workers)
 
 
 def update_ids(
@@ -375,7 +406,8 @@ def update_ids(
 
     With several processes, of this process's share. Reads the records again; for reports.
     """
-    return [r.id for r, _ in _updates(data, seed, process, processes, None)[step]]
+    updates = _updates(data, seed, process, processes, None, _sources(data))
+    return [r.id for r, _ in updates[step]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -392,40 +424,42 @@ class _Ask:
 
 def prompts(
     data: Data, builder: Builder, seed: int, *, process: int = 0, processes: int = 1
-) -> grain.IterDataset:
+) -> Items:
     """Policy questions for the sampler, without end: (record, trees, examples).
 
-    A record met again asks one of its questions drawn anew.
+    A record met again asks one of its questions drawn anew. Of several processes each has every
+    so-many-th; the place is the number of questions taken by all, which must take equally many.
     """
-    drawn = _mixture(data, seed, None).slice(slice(process, None, processes))
-    return _iterate(drawn.map(_Ask(builder)), data.workers, ahead=data.pairs)
+    _check_divides(data, processes)
+    sources = _sources(data)
+    drawn = _mixture(data, seed, None, sources).slice(slice(process, None, processes))
+    asked = drawn.map(_Ask(builder))
+    of = _identity(data, seed, sources)
+    return Items(asked, of, unit=processes, workers=data.workers, ahead=data.pairs)
 
 
-def questions(data: Data, builder: Builder) -> Iterator[Prompts]:
-    """Every policy question of the split, once, in the order of the shards: what is evaluated."""
-    for folder in data.shards:
-        source = shards.Source(folder, data.split)
-        for i in range(len(source)):
-            yield from builder.prompts(source[i])
+def questions(
+    data: Data, builder: Builder, *, process: int = 0, processes: int = 1
+) -> Iterator[tuple[int, Prompts]]:
+    """(number, question) of every policy question of the split, once, in the order of the shards:
+    what is evaluated. A process has those of every so-many-th record."""
+    yield from _numbered(data, builder.prompts, builder.count, process, processes)
 
 
-def probes(data: Data, builder: Builder) -> Iterator[Prompts]:
-    """Every policy question of the split, each alone; a record without one is passed over."""
-    for folder in data.shards:
-        source = shards.Source(folder, data.split)
-        for i in range(len(source)):
-            yield from builder.alone(source[i])
+def probes(
+    data: Data, builder: Builder, *, process: int = 0, processes: int = 1
+) -> Iterator[tuple[int, Prompts]]:
+    """As `questions`, each alone on its own clip; a record without one is passed over."""
+    count = lambda record: sum(e.task == "policy" for e in record.examples)
+    yield from _numbered(data, builder.alone, count, process, processes)
 
 
-def _iterate(dataset: grain.MapDataset, workers: int, *, ahead: int = 2) -> grain.IterDataset:
-    """Elements are made `ahead` of their use. Where they are whole batches, a deep buffer would be
-    many copies of a large array."""
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=max(ahead, 2))
-    out = dataset.to_iter_dataset(options)
-    if not workers:
-        return out
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS(["jaxvid"])  # Grain's workers read absl flags, which must be parsed
-    return out.mp_prefetch(
-        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    )
+def _numbered(data, build, count, process, processes) -> Iterator[tuple[int, Prompts]]:
+    number = 0
+    for k, record in enumerate(s[i] for s in _sources(data) for i in range(len(s))):
+        if k % processes == process:
+            found = build(record)
+            yield from enumerate(found, number)
+            number += len(found)
+        else:
+            number += count(record)  # of another process: its clips are not decoded here

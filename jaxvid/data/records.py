@@ -68,6 +68,12 @@ class Example:
     prefix: str = ""
 
 
+def example(told: dict) -> Example:
+    """The example of which `dataclasses.asdict`, through JSON perhaps, gave `told`."""
+    responses = tuple(Response(**r) for r in told["responses"])
+    return Example(**told | {"options": tuple(told["options"]), "responses": responses})
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
     """The unit of storage, of shuffling and of batch size."""

@@ -9,10 +9,11 @@ Controls tell what a score is made of:
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import pathlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
-from jaxvid import files
+from jaxvid import files, hosts
 from jaxvid.data import layout, pipeline
 from jaxvid.data.chat import Chat
 from jaxvid.eval import metrics
@@ -115,6 +116,40 @@ def greedy(
     return [Reply(text(i), sizes[i], ended[i]) for i in range(len(trees))]
 
 
+def collect(
+    numbered: Iterator[tuple[int, Any]],
+    settings: Settings,
+    size: int,
+    ask: Callable[[list[Any]], list[list[Any]]],
+    parse: Callable[[dict[str, Any]], Any],
+) -> list[Any]:
+    """What `ask` says of each question, in the order of their numbers, the first `settings.limit`
+    of them; `size` questions at a time.
+
+    In a run of several processes each asks its own, and all are told what all found: `ask` gives
+    NamedTuples, of which `parse` reads what JSON leaves. Raises ValueError where a process has no
+    question.
+    """
+    numbered = itertools.takewhile(lambda q: not settings.limit or q[0] < settings.limit, numbered)
+    each, found, spare = max(size // jax.process_count(), 1), [], []
+    while True:
+        chunk = list(itertools.islice(numbered, each))
+        spare = spare or [q for _, q in chunk[:1]]
+        busy, idle = hosts.some(bool(chunk), not spare)
+        if not busy:
+            break
+        if idle:
+            raise ValueError(
+                f"there are fewer records to ask about than {jax.process_count()} processes; use "
+                "fewer processes, or a larger split"
+            )
+        # One that has asked all of its own asks again, and forgets: all run the same programs.
+        told = ask([q for _, q in chunk] or spare)
+        found += [[n, [_line(p) for p in ps]] for (n, _), ps in zip(chunk, told)]
+    rows = sorted((row for part in hosts.gather(found) for row in part), key=lambda row: row[0])
+    return [parse(line) for _, lines in rows for line in lines]
+
+
 # Files ------------------------------------------------------------------------------------------
 
 
@@ -127,7 +162,9 @@ def write(
     about: dict[str, Any],
 ) -> None:
     """What every kind of evaluation writes: a line per reply, its scores, and how it was made. A
-    kill in between leaves the old or the new, whole."""
+    kill in between leaves the old or the new, whole. Of several processes the first one writes."""
+    if jax.process_index():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(_line(p), ensure_ascii=False) for p in predictions]
     files.write(folder / "predictions.jsonl", "\n".join(lines) + "\n")

@@ -5,17 +5,16 @@ greedy and graded by a reward; writes `predictions.jsonl` and `results.json` as 
 question is asked of both sides of a pair and both must be right, `run` is the one to use.
 """
 
-import itertools
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxvid import answers, rewards
+from jaxvid import answers, hosts, rewards
 from jaxvid.data import pipeline
 from jaxvid.eval import asking, metrics
 from jaxvid.eval.asking import Settings
@@ -73,11 +72,9 @@ def evaluate(
     which config) goes into the results. Raises ValueError for a split without such a question.
     """
     builder = asking.controlled(builder, settings)
-    questions = pipeline.probes(builder.data, builder)
-    questions = itertools.islice(questions, settings.limit or None)
-    predictions: list[Prediction] = []
-    for chunk in _chunks(questions, settings.rows):
-        predictions += _ask(model, chunk, builder, settings, reward, mesh)
+    numbered = pipeline.probes(builder.data, builder, **hosts.share())
+    ask = lambda asked: _ask(model, asked, builder, settings, reward, mesh)
+    predictions = asking.collect(numbered, settings, settings.rows, ask, _parsed)
     if not predictions:
         raise ValueError(
             f"split {builder.data.split!r} of {builder.data.shards} has no example of task "
@@ -89,11 +86,6 @@ def evaluate(
     return results
 
 
-def _chunks(questions: Iterator[pipeline.Prompts], size: int) -> Iterator[list[pipeline.Prompts]]:
-    while chunk := list(itertools.islice(questions, size)):
-        yield chunk
-
-
 def _ask(
     model: nnx.Module,
     asked: list[pipeline.Prompts],
@@ -101,7 +93,7 @@ def _ask(
     settings: Settings,
     reward: Reward,
     mesh: Mesh | None,
-) -> list[Prediction]:
+) -> list[list[Prediction]]:
     trees = [tree for q in asked for tree in q.trees]
     replies = asking.greedy(model, trees, builder.chat, settings, mesh)
     found = []
@@ -109,21 +101,23 @@ def _ask(
         (e,) = question.examples
         graded = rewards.judged(reward(rewards.case(question.record, e), reply.text))
         found.append(
-            Prediction(
-                record=question.record.id,
-                name=e.name,
-                kind=e.name.partition("/")[0],
-                media=e.media,
-                prompt=e.prompt,
-                options=e.options,
-                answer=e.answer,
-                reply=reply.text,
-                read=read(e, reply.text),
-                correct=graded.correct,
-                grade=graded.total,
-                tokens=reply.tokens,
-                ended=reply.ended,
-            )
+            [
+                Prediction(
+                    record=question.record.id,
+                    name=e.name,
+                    kind=e.name.partition("/")[0],
+                    media=e.media,
+                    prompt=e.prompt,
+                    options=e.options,
+                    answer=e.answer,
+                    reply=reply.text,
+                    read=read(e, reply.text),
+                    correct=graded.correct,
+                    grade=graded.total,
+                    tokens=reply.tokens,
+                    ended=reply.ended,
+                )
+            ]
         )
     return found
 
@@ -180,8 +174,11 @@ def write(
 def load(folder: pathlib.Path) -> list[Prediction]:
     """The predictions that `write` left in a folder."""
     text = (folder / "predictions.jsonl").read_text()
-    rows = [json.loads(line) for line in text.splitlines()]
-    return [Prediction(**row | {"options": tuple(row["options"])}) for row in rows]
+    return [_parsed(json.loads(line)) for line in text.splitlines()]
+
+
+def _parsed(row: dict[str, Any]) -> Prediction:
+    return Prediction(**row | {"options": tuple(row["options"])})
 
 
 def compare(

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Bool
 
-from jaxvid import answers
+from jaxvid import answers, hosts
 from jaxvid.data import pipeline
 from jaxvid.eval import asking, metrics, votes
 from jaxvid.rollout import sampler
@@ -91,23 +91,21 @@ def evaluate(
     which config) goes into the results.
     """
     builder = asking.controlled(builder, settings)
-    predictions: list[Prediction] = []
-    for pairs in _chunks(pipeline.questions(builder.data, builder), settings):
-        predictions += _ask(model, pairs, builder, settings, mesh)
+    numbered = _indexed(pipeline.questions(builder.data, builder, **hosts.share()))
+    ask = lambda pairs: _ask(model, pairs, builder, settings, mesh)
+    predictions = asking.collect(numbered, settings, settings.rows // 2, ask, _parsed)
     results = grade(predictions, seed=settings.seed)
     if out is not None:
         write(out, results, builder, settings, about or {})
     return results
 
 
-def _chunks(
-    questions: Iterator[pipeline.Prompts], settings: Settings
-) -> Iterator[list[tuple[int, pipeline.Prompts]]]:
-    """(index in its record, question) of so many pairs as fill the sampler's rows."""
-    chunk, last, index = [], "", 0
-    for n, question in enumerate(questions):
-        if settings.limit and n == settings.limit:
-            break
+def _indexed(
+    numbered: Iterator[tuple[int, pipeline.Prompts]],
+) -> Iterator[tuple[int, tuple[int, pipeline.Prompts]]]:
+    """Each question of a pair with its index in its record. ValueError for other questions."""
+    last, index = "", 0
+    for n, question in numbered:
         media = tuple(e.media for e in question.examples)
         if media != (0, 1):
             raise ValueError(
@@ -116,12 +114,7 @@ def _chunks(
             )
         index = index + 1 if question.record.id == last else 0
         last = question.record.id
-        chunk.append((index, question))
-        if len(chunk) == settings.rows // 2:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+        yield n, (index, question)
 
 
 def _ask(
@@ -130,7 +123,8 @@ def _ask(
     builder: pipeline.Builder,
     settings: Settings,
     mesh: Mesh | None,
-) -> list[Prediction]:
+) -> list[list[Prediction]]:
+    """The two predictions of each pair."""
     trees = [t for _, q in pairs for t in q.trees]
     replies = asking.greedy(model, trees, builder.chat, settings, mesh)
     asked = [(i, q.record, e) for i, q in pairs for e in q.examples]
@@ -168,7 +162,7 @@ def _ask(
                 samples=samples,
             )
         )
-    return found
+    return [found[i : i + 2] for i in range(0, len(found), 2)]
 
 
 def grade(predictions: list[Prediction], *, seed: int = 0) -> Results:
@@ -249,12 +243,12 @@ def write(
 def load(folder: pathlib.Path) -> list[Prediction]:
     """The predictions that `write` left in a folder."""
     text = (folder / "predictions.jsonl").read_text()
-    rows = [json.loads(line) for line in text.splitlines()]
-    kept = lambda row: {
-        "options": tuple(row["options"]),
-        "samples": tuple(votes.Sample(**s) for s in row.get("samples", ())),
-    }
-    return [Prediction(**row | kept(row)) for row in rows]
+    return [_parsed(json.loads(line)) for line in text.splitlines()]
+
+
+def _parsed(row: dict[str, Any]) -> Prediction:
+    samples = tuple(votes.Sample(**s) for s in row.get("samples", ()))
+    return Prediction(**row | {"options": tuple(row["options"]), "samples": samples})
 
 
 def compare(

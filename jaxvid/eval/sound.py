@@ -11,7 +11,7 @@ of the confusions, and have a share of their own. What a split has no question f
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from jaxvid import answers
 from jaxvid.eval import metrics
@@ -45,22 +45,62 @@ def measures(predictions: list[Prediction], *, seed: int = 0) -> dict[str, metri
 
     Raises ValueError for an intervened clip whose original was not asked.
     """
-    counts = [c for p in predictions for c in _counts(p, _in_sync(predictions))]
+    names, records, sums = _sums(predictions)
+    found = _derived(names, sums.sum(axis=0))
+    drawn = [_derived(names, sums[d].sum(axis=0)) for d in _draws(len(records), seed)]
+    return {n: _interval(value, [d[n] for d in drawn]) for n, value in found.items()}
+
+
+def difference(
+    after: list[Prediction], before: list[Prediction], *, seed: int = 0
+) -> dict[str, metrics.Interval]:
+    """after - before of each measure that both have, over the same records drawn for both.
+
+    What makes a record hard for both cancels. Raises ValueError unless both were asked the same.
+    """
+    asked = [sorted((p.record, p.name, p.answer) for p in side) for side in (after, before)]
+    if asked[0] != asked[1]:
+        raise ValueError(
+            f"{len(after)} replies after and {len(before)} before are not to the same questions; "
+            "a paired difference needs one split, asked of both"
+        )
+    sides = [_sums(side) for side in (after, before)]
+    draws = _draws(len(sides[0][1]), seed)
+    found, drawn = [], []
+    for names, _, sums in sides:
+        found.append(_derived(names, sums.sum(axis=0)))
+        drawn.append([_derived(names, sums[d].sum(axis=0)) for d in draws])
+    return {
+        n: _interval(found[0][n] - found[1][n], [a[n] - b[n] for a, b in zip(*drawn)])
+        for n in found[0]
+        if n in found[1]
+    }
+
+
+def _sums(
+    predictions: list[Prediction],
+) -> tuple[list[str], list[str], Float[np.ndarray, "records 2 n"]]:
+    """Names of the counts, records, and each record's (numerator, denominator) of each count."""
+    plain = _in_sync(predictions)
+    counts = [c for p in predictions for c in _counts(p, plain)]
     names = sorted({c.measure for c in counts})
     records = sorted({c.record for c in counts})
     sums = np.zeros((len(records), 2, len(names)))
     row, column = ({n: i for i, n in enumerate(x)} for x in (records, names))
     for c in counts:
         sums[row[c.record], :, column[c.measure]] += (c.value, 1.0)
-    rng, tail = np.random.default_rng(seed), 100 * (1 - metrics.LEVEL) / 2
-    draws = [rng.integers(len(records), size=len(records)) for _ in range(metrics.RESAMPLES)]
-    found = _derived(names, sums.sum(axis=0))
-    drawn = [_derived(names, sums[d].sum(axis=0)) for d in draws]
-    low, high = (
-        {n: float(np.nanpercentile([d[n] for d in drawn], at)) for n in found}
-        for at in (tail, 100 - tail)
-    )
-    return {n: metrics.Interval(value, low[n], high[n]) for n, value in found.items()}
+    return names, records, sums
+
+
+def _draws(count: int, seed: int) -> list[Int[np.ndarray, " count"]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(count, size=count) for _ in range(metrics.RESAMPLES)]
+
+
+def _interval(value: float, drawn: list[float]) -> metrics.Interval:
+    tail = 100 * (1 - metrics.LEVEL) / 2
+    low, high = (float(np.nanpercentile(drawn, at)) for at in (tail, 100 - tail))
+    return metrics.Interval(value, low, high)
 
 
 def _in_sync(predictions: list[Prediction]) -> dict[tuple[str, str], str]:

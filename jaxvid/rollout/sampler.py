@@ -27,7 +27,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from jaxvid import sharding
+from jaxvid import hosts, sharding
 from jaxvid.batch import AudioBatch, TokenBatch, VisionBatch
 from jaxvid.data import layout, records
 from jaxvid.data.chat import Chat
@@ -126,7 +126,8 @@ def generate_all(
 
     A row whose branches have all ended takes the next prompt; `done` is told of it at once, with
     the prompt's index and its replies [1, G, R]. Lengths are rounded up, so that prompts of about
-    one length compile once.
+    one length compile once. In a run of several processes each brings prompts of its own, at least
+    one, and gets their replies; `rows` are those of all.
     """
     desk = Desk(model, trees, chat, sampling, group, keys, rows, mesh, done)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
@@ -158,12 +159,21 @@ class Desk:
     def __init__(self, model, trees, chat, sampling, group, keys, rows, mesh, done=None):
         self.done = done
         self.trees, self.chat, self.sampling, self.keys = trees, chat, sampling, keys
-        self.needs = [layout.size(t) for t in trees]
-        self.mesh, self.ways = mesh, 1 if mesh is None else sharding.data_shards(mesh)
-        self.rows = -(-(rows or len(trees)) // self.ways) * self.ways
+        self.needs = [layout.size(t._replace(branches=())) for t in trees]
+        processes = jax.process_count()
+        self.mesh, self.ways = mesh, 1 if mesh is None else sharding.data_shards(mesh) // processes
+        # Rows and data shards are those of this process, which has its own prompts.
+        count, least = hosts.most(len(trees), -len(trees))
+        if count and not least:
+            raise ValueError("every process must bring at least one prompt, and one brought none")
+        most = -(-rows // processes) or count
+        self.rows = -(-most // self.ways) * self.ways
         graph, self.params = nnx.split(model)
         stop, banned = chat.stop_ids, banned_ids(chat, model)
         self.setup = _setup(graph, group, sampling, stop, banned)
+        needs, patches = [layout.Size(), *self.needs], [0, *map(layout.most_patches, trees)]
+        *most, self.patches = hosts.most(*map(max, zip(*needs)), max(patches))
+        self.most = layout.Size(*most)
         self.owner = np.full(self.rows, -1)  # the prompt in each slot
         self.read = np.zeros((self.rows, group), int)  # tokens that were searched for stop strings
         self.waiting = collections.deque(range(len(trees)))
@@ -181,24 +191,26 @@ class Desk:
             return self.found
         first = [self.waiting.popleft() for _ in range(min(self.rows, len(self.trees)))]
         self.owner[: len(first)] = first
-        room = layout.bucket(max(len(t.prompt) for t in self.trees))
+        room = layout.bucket(self.most.tokens)
         inputs, keys = self.prompts(first, self.rows)
         slots = groups.begin(self.setup, room, self.params, inputs, keys)
         most = np.int32(STRIDE if self.sampling.stop else self.sampling.max_tokens)
-        while (self.owner >= 0).any():
-            waiting = np.bool_(len(self.waiting) > 0)
-            slots = groups.advance(self.setup, self.params, slots, most, waiting)
+        while True:
+            busy, waiting = hosts.some(bool((self.owner >= 0).any()), len(self.waiting) > 0)
+            if not busy:
+                break
+            slots = groups.advance(self.setup, self.params, slots, most, np.bool_(waiting))
             slots = self.take(slots)
-            while self.waiting and (self.owner < 0).any():
+            while hosts.some(bool(self.waiting and (self.owner < 0).any()))[0]:
                 slots = self.refill(slots)
         self.steps = int(slots.steps)
         return self.found
 
     def take(self, slots: groups.Slots) -> groups.Slots:
         """The slots, cut at stop strings; what has ended is put down and its slot is free."""
-        out = Rollouts(*map(np.array, jax.device_get(slots.out)))
-        if self.sampling.stop and self.cut(out):
-            put = lambda new, old: jax.device_put(new, old.sharding)
+        out = Rollouts(*(np.array(hosts.local(x)) for x in slots.out))
+        if self.sampling.stop and hosts.some(self.cut(out))[0]:
+            put = lambda new, old: hosts.place(new, old.sharding)
             cut = {n: put(getattr(out, n), getattr(slots.out, n)) for n in ("length", "ended")}
             slots = slots._replace(out=slots.out._replace(**cut))
         going = (~out.ended & (out.length < self.sampling.max_tokens)).any(1)
@@ -234,7 +246,8 @@ class Desk:
     def refill(self, slots: groups.Slots) -> groups.Slots:
         """The next prompts in free slots, at most one in each data shard."""
         per = self.rows // self.ways
-        which, where = [self.waiting[0]] * self.ways, np.full(self.ways, -1, np.int32)
+        spare = self.waiting[0] if self.waiting else 0
+        which, where = [spare] * self.ways, np.full(self.ways, -1, np.int32)
         for shard, owners in enumerate(self.owner.reshape(self.ways, per)):
             free = np.flatnonzero(owners < 0)
             if len(free) and self.waiting:
@@ -243,33 +256,34 @@ class Desk:
                 self.read[shard * per + free[0]] = 0
         # a row that goes nowhere is a copy of one that may
         inputs, keys = self.prompts(which, self.ways)
-        where = where if self.mesh is None else jax.device_put(where, self.placed(self.ways))
+        where = where if self.mesh is None else hosts.place(where, self.placed(self.ways))
         return groups.refill(self.setup, self.params, slots, inputs, keys, where)
 
     def prompts(self, which: Sequence[int], rows: int):
         """(tokens, vision, audio) and keys of these trees, one a row, on the mesh."""
         here, needs = [self.trees[i] for i in which], [self.needs[i] for i in which]
-        most = lambda field: max(getattr(n, field) for n in self.needs)
+        tokens = max(len(t.prompt) for t in here)
+        tokens, frames, chunks = hosts.most(
+            tokens, max(n.frames for n in needs), max(n.chunks for n in needs)
+        )
         # none, or as many as any prompt has: two shapes and not one for each number of them
-        some = lambda field: most(field) if any(getattr(n, field) for n in needs) else 0
-        frames = some("frames")
         budget = layout.Budget(
             rows=rows,
-            tokens=layout.bucket(max(len(t.prompt) for t in here)),
+            tokens=layout.bucket(tokens),
             scored=0,
             branches=0,
-            frames=frames,
-            patches=max(layout.most_patches(t) for t in self.trees) if frames else 0,
-            chunks=some("chunks"),
+            frames=self.most.frames if frames else 0,
+            patches=self.patches if frames else 0,
+            chunks=self.most.chunks if chunks else 0,
         )
         inputs = layout.prompts(here, budget)
         keys = self.keys[np.asarray(which)[np.minimum(np.arange(rows), len(here) - 1)]]
         if self.mesh is None:
             return inputs, keys
-        return jax.device_put((inputs, keys), self.placed(rows))
+        return hosts.place((inputs, keys), self.placed(rows))
 
     def placed(self, rows: int):
-        return sharding.row_sharding(self.mesh, rows)
+        return sharding.row_sharding(self.mesh, rows * jax.process_count())
 
 
 def _holds(text: str, stops: tuple[str, ...]) -> bool:

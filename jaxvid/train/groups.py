@@ -21,8 +21,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxvid import rewards
-from jaxvid.data import layout
+from jaxvid import hosts, rewards
+from jaxvid.data import layout, records
 from jaxvid.data.chat import Chat
 from jaxvid.data.pipeline import Prompts
 from jaxvid.ops.duality import pair_reward
@@ -108,8 +108,7 @@ class Replies(NamedTuple):
     def take(self, which: Sequence[int] | Int[np.ndarray, "n"]) -> "Replies":
         rows, taken = list(which), []
         for field in self:
-            lists = isinstance(field, list)
-            taken.append([field[i] for i in rows] if lists else field[rows])
+            taken.append([field[i] for i in rows] if _listed(field) else field[rows])
         return Replies(*taken)
 
 
@@ -117,7 +116,7 @@ def join(parts: Sequence[Replies]) -> Replies:
     """Several as one, in order."""
     joined = []
     for field in zip(*parts):
-        lists = isinstance(field[0], list)
+        lists = _listed(field[0])
         joined.append([x for part in field for x in part] if lists else np.concatenate(field))
     return Replies(*joined)
 
@@ -140,14 +139,17 @@ def collect(
 ) -> Drawn:
     """Draw until as many pairs are kept as there are `questions`, or refills are used up.
 
-    Pairs without signal are replaced by `more()`; after `max_refills` the batch stays short.
+    Pairs without signal are replaced by `more()`; after `max_refills` the batch stays short. In a
+    run of several processes each asks `questions` of its own, and what is returned is of all.
     """
-    settings, wanted, seen, kept = draw.settings, len(questions), [], []
+    settings, wanted = draw.settings, len(questions) * jax.process_count()
+    seen, kept = [], []
     seconds = {"rollout": 0.0, "reward": 0.0}
     for refill in range(settings.max_refills + 1):
         if refill:
             questions = more()
         replies, spent = sample(model, questions, jax.random.fold_in(key, refill), draw)
+        replies = of_all(replies)
         before = sum(len(r.questions) for r in seen)
         seen.append(replies)
         kept += (before + np.flatnonzero(survivors(replies, settings))).tolist()
@@ -155,6 +157,38 @@ def collect(
         if len(kept) >= wanted:
             break
     return Drawn(join(seen), np.array(kept[:wanted], int), len(seen) - 1, seconds)
+
+
+def of_all(replies: Replies) -> Replies:
+    """The replies of all processes, in the order of the stream. Questions of another process come
+    without their media and trees."""
+    if jax.process_count() == 1:
+        return replies
+    told = [
+        {
+            "record": q.record.id,
+            "split": q.record.split,
+            "examples": [dataclasses.asdict(e) for e in q.examples],
+            "lists": [replies.texts[i], replies.parts[i], [f._asdict() for f in replies.faults[i]]],
+        }
+        for i, q in enumerate(replies.questions)
+    ]
+    merged, lists = [], []
+    for i, row in enumerate(zip(*hosts.gather(told))):
+        for process, other in enumerate(row):
+            examples = tuple(records.example(e) for e in other["examples"])
+            stub = records.Record(other["record"], other["split"], (), examples)
+            mine = process == jax.process_index()
+            merged.append(replies.questions[i] if mine else Prompts(stub, [], list(examples)))
+            texts, named, faults = other["lists"]
+            lists.append((texts, named, [Fault(**f) for f in faults]))
+    texts, named, faults = map(list, zip(*lists))
+    numbers = {n: hosts.interleave(v) for n, v in replies._asdict().items() if not _listed(v)}
+    return Replies(questions=merged, texts=texts, parts=named, faults=faults, **numbers)
+
+
+def _listed(field: Any) -> bool:
+    return isinstance(field, list)
 
 
 def sample(
@@ -340,7 +374,8 @@ def trees(
     advantage: Float[np.ndarray, "pairs 2 G"],
     valid: Bool[np.ndarray, "pairs 2 G"],
 ) -> list[list[layout.Tree]]:
-    """Each prompt with its replies as branches; the trees of a pair are one group."""
+    """Each prompt with its replies as branches; the trees of a pair are one group, an empty one
+    where its question is another process's."""
     groups = []
     for i, question in enumerate(replies.questions):
         group = []

@@ -32,8 +32,8 @@ from jax.sharding import Mesh
 
 from jaxvid import sharding
 from jaxvid.batch import Batch, Loss
-from jaxvid.train import metrics, step
-from jaxvid.train.checkpoint import Checkpoints, Meta
+from jaxvid.train import metrics, step, watch
+from jaxvid.train.checkpoint import Checkpoints, Meta, code_version, say
 from jaxvid.train.optimizers import Rates
 from jaxvid.train.state import TrainState
 
@@ -65,6 +65,8 @@ class Settings:
     best: str = "eval_loss"
     best_mode: Literal["min", "max"] = "min"
     rates: Rates = ()  # factors of the learning rate by part, for the log
+    profile: tuple[int, int] = (0, 0)  # first and last update that the profiler traces
+    stall_minutes: float = 60.0  # without an update that end the run; 0 = never
 
 
 class Result(NamedTuple):
@@ -89,7 +91,7 @@ def train(
     config: dict[str, Any] | None = None,
     describe: Callable[[int, Any], list[str]] | None = None,
 ) -> Result:
-    """Run to `settings.steps`, from the last checkpoint in `workdir` if there is one.
+    """Run to `settings.steps`, from the last whole checkpoint in `workdir` if there is one.
 
     rate: learning rate by optimizer step, for the log. evaluate: validation metrics of a state,
     named eval_*. describe: names of the records in item n, for the error that stops a run.
@@ -100,21 +102,31 @@ def train(
     with contextlib.closing(saver):
         start = 0
         if saver.latest() is not None:
-            start, state, meta = saver.restore(state)
+            start, state, meta = saver.restore(state, config=config)
             stream.set_state(meta.data)
+            if meta.code != code_version():
+                say(f"changed since step {start}: jaxvid {meta.code} -> {code_version()}")
         meta = lambda: Meta(settings.seed, stream.get_state(), config or {})
         with (
             _Log(workdir, settings, start, rate, describe or record_numbers) as log,
             _Stop() as stop,
+            watch.Trace(workdir, *settings.profile) as trace,
+            watch.Watchdog(settings.stall_minutes) as dog,
         ):
+            for bad in saver.passed:
+                log.writer.write(start, {"checkpoint/damaged": float(bad)})
             done = start
             for n in range(start + 1, settings.steps + 1):
-                item = _take(stream, n, settings.steps)
+                trace.before(n)
+                item, waited = _take(stream, n, settings.steps)
                 state, values = update(state, item)
-                log.add(n, values, item)
+                log.add(n, values, item, waited)
+                trace.after(n, state.step)
+                dog.heard()
                 done, last = n, n == settings.steps
                 scores = None
                 if evaluate and (last or _due(n, settings.eval_every)):
+                    dog.rest()
                     scores = log.evaluated(n, evaluate, state)
                 stopped = stop.requested(n)
                 improved = scores is not None and log.is_best(scores)
@@ -210,9 +222,11 @@ def _due(n: int, every: int) -> bool:
     return every > 0 and n % every == 0
 
 
-def _take(stream: Stream, n: int, steps: int) -> Any:
+def _take(stream: Stream, n: int, steps: int) -> tuple[Any, float]:
+    """The next item, and the seconds that it was waited for."""
+    since = time.perf_counter()
     try:
-        return next(stream)
+        return next(stream), time.perf_counter() - since
     except StopIteration:
         raise ValueError(
             f"the data ended before update {n} of {steps}; let the stream repeat, or set --steps "
@@ -252,16 +266,16 @@ class _Log:
         self.bar.close()
         self.writer.close()
 
-    def add(self, n: int, values: dict[str, Any], item: Any) -> None:
-        """Log update n - 1, and hold n, which was just dispatched."""
+    def add(self, n: int, values: dict[str, Any], item: Any, waited: float) -> None:
+        """Log update n - 1, and hold n, which was just dispatched after `waited` s for its item."""
         self.flush()
-        self.pending = (n, values, item)
+        self.pending = (n, values, item, waited)
 
     def flush(self) -> None:
         """Wait for the update that is held, and log it."""
         if self.pending is None:
             return
-        (n, values, item), self.pending = self.pending, None
+        (n, values, item, waited), self.pending = self.pending, None
         values = metrics.to_host(values)
         now = time.perf_counter()
         seconds, self.since = now - self.since, now
@@ -273,6 +287,8 @@ class _Log:
                 "--patience."
             )
         values |= {"step_time": seconds, "perf/throughput": values["num_tokens"] / seconds}
+        values |= {"perf/input_wait": waited / max(seconds, waited), **watch.memory()}
+        values |= watch.host_memory()
         if (moved := values.pop("optimizer_step", 0.0)) > 0:  # the rate of the step just made
             values["learning_rate"] = rate = float(self.rate(np.int32(moved - 1)))
             values |= {f"learning_rate/{p}": rate * f for p, f in self.settings.rates}

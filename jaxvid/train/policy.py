@@ -14,9 +14,14 @@ One update of `loop.train`, on `pairs` questions (a question is asked of both vi
 GRPO, DAPO, Dr.GRPO, GSPO, CISPO and DNA-Train are settings of this one path: an advantage function
 (objectives.advantages), a loss with its aggregation (objectives.policy), a filter.
 Everything drawn comes from (seed, step, record, question, side), so a resumed run samples what the
-run would have sampled. Left out: several processes.
+run would have sampled.
+
+In a run of several processes each draws and lays out its own part of the questions. What was
+replied and paid is told to all, so that the filter, the advantages and the counts are the same
+everywhere, and the same as in one process.
 """
 
+import dataclasses
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +34,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Bool
 
-from jaxvid import rewards
+from jaxvid import hosts, rewards, sharding
 from jaxvid.batch import Batch
 from jaxvid.data import layout
 from jaxvid.data.chat import Chat
@@ -67,8 +72,9 @@ class Parts(NamedTuple):
 
 
 class Questions:
-    """A stream of lists of `pairs` questions. Its place is that of the stream it reads, with the
-    counts of the loop: updates made, updates in a row without signal, groups lost to faults."""
+    """A stream of lists of `pairs` questions, those of this process. Its place is that of the
+    stream it reads, with the counts of the loop: updates made, updates in a row without signal,
+    groups lost to faults."""
 
     def __init__(self, stream: loop.Stream, pairs: int):
         self.stream, self.pairs = stream, pairs
@@ -87,11 +93,6 @@ class Questions:
 
 def make_update(parts: Parts, seed: int) -> loop.Update:
     """The update for `loop.train`: (state, list of questions) -> (state, metrics)."""
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"the policy loop runs in one process and there are {jax.process_count()}; start it on "
-            f"one host, with as many devices as that has"
-        )
     settings = parts.settings
 
     def update(state: TrainState, questions: list[Prompts]):
@@ -112,7 +113,8 @@ def make_update(parts: Parts, seed: int) -> loop.Update:
         _count(parts, drawn.seen, found, metrics)
         if len(drawn.kept):
             trees = groups.trees(kept, found.advantage, valid)
-            steps = _steps(parts, state, trees, seed, clock)
+            like = next(t for q in drawn.seen.questions for t in q.trees)
+            steps = _steps(parts, state, trees, like, seed, clock)
             laps = []
             for batch in steps:
                 state, values = parts.train_step(state, batch)
@@ -138,14 +140,19 @@ def _advantages(parts: Parts, kept: Replies, valid: Bool[np.ndarray, "n 2 G"]) -
 
 
 def _steps(
-    parts: Parts, state: TrainState, trees: list[list[layout.Tree]], seed: int, clock: "_Clock"
+    parts: Parts,
+    state: TrainState,
+    trees: list[list[layout.Tree]],
+    like: layout.Tree,
+    seed: int,
+    clock: "_Clock",
 ) -> Iterator[Batch]:
     """The batches of an update's optimizer steps, in order, with `old` and `ref` in them.
 
     All log-probs are of the state given: they are computed before the first batch is handed out.
     """
     settings, several = parts.settings, min(parts.settings.minibatches, len(trees))
-    whole = _batch(parts, trees)
+    whole = _batch(parts, trees, like)
     clock.lap("layout")
     if settings.updates * several == 1 and not parts.dropout:  # the step itself scores at its start
         whole = whole._replace(old=jnp.full_like(whole.old, jnp.nan))
@@ -158,25 +165,32 @@ def _steps(
         for _ in range(settings.updates):
             yield whole
         return
-    trees = _scored(trees, jax.device_get(whole))
+    trees = _scored(trees, whole)
     step = int(state.step)
     for lap in range(settings.updates):
         order = np.random.default_rng((seed, step, lap)).permutation(len(trees))
         for part in np.array_split(order, several):
-            batch = _batch(parts, [trees[i] for i in sorted(part)])
+            batch = _batch(parts, [trees[i] for i in sorted(part)], like)
             clock.lap("layout")
             yield batch
 
 
-def _batch(parts: Parts, trees: list[list[layout.Tree]]) -> Batch:
-    shards = sharding.data_shards(parts.mesh)
-    packed = layout.stack(layout.pack(trees, parts.budget, shards=shards))
-    return loop.place(packed, parts.mesh)
+def _batch(parts: Parts, trees: list[list[layout.Tree]], like: layout.Tree) -> Batch:
+    """The trees of this process, with as many micro-batches as any process needs; padding is as of
+    the family of `like`."""
+    processes, mine = jax.process_count(), [group for group in trees if group]
+    budget = dataclasses.replace(parts.budget, rows=parts.budget.rows // processes)
+    packed = layout.pack(mine, budget, shards=sharding.data_shards(parts.mesh) // processes)
+    (count,) = hosts.most(len(packed))
+    packed = packed or [layout.empty(budget, like)]
+    return loop.place(layout.stack(packed, 1 << (count - 1).bit_length()), parts.mesh)
 
 
 def _scored(trees: list[list[layout.Tree]], whole: Batch) -> list[list[layout.Tree]]:
     """The trees with each branch's `old` and `ref`, read from the batch that holds all of them."""
-    table, slot = whole.branches, whole.tokens.slot
+    table, slot, old, ref = jax.tree.map(
+        lambda x: hosts.local(x, 1), (whole.branches, whole.tokens.slot, whole.old, whole.ref)
+    )
     where = {}
     for a, row, column in np.argwhere(table.record >= 0):
         at = a, row, column
@@ -185,7 +199,7 @@ def _scored(trees: list[list[layout.Tree]], whole: Batch) -> list[list[layout.Tr
 
     def read(branch: layout.Branch) -> layout.Branch:
         at = where[branch.pair, branch.side, branch.branch]
-        return branch._replace(old=whole.old[at], ref=whole.ref[at])
+        return branch._replace(old=old[at], ref=ref[at])
 
     return [
         [tree._replace(branches=tuple(map(read, tree.branches))) for tree in group]
@@ -194,8 +208,8 @@ def _scored(trees: list[list[layout.Tree]], whole: Batch) -> list[list[layout.Tr
 
 
 def _record(parts: Parts, n: int, drawn: groups.Drawn, found: Advantages) -> None:
-    """Write the faults of an update and, where it is due, its table of rollouts."""
-    if parts.workdir is None:
+    """Write the faults of an update and, where it is due, its table of rollouts; process 0 does."""
+    if parts.workdir is None or jax.process_index():
         return
     table.faults(parts.workdir, n, [f for faults in drawn.seen.faults for f in faults])
     every = parts.settings.table_every
