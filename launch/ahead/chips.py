@@ -18,6 +18,7 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
 from jaxvid.sharding import AXES
+from launch.slices import DEEP, FLAT
 
 GIB = 2**30
 
@@ -41,11 +42,6 @@ CHIPS = {
     "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 600e9, 50e9 / 8),
     "v6e": Chip(31.25 * GIB, 918e12, 1600e9, 400e9, 100e9 / 8),
 }
-FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-DEEP = (
-    *("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
-    *("8x8x12", "8x8x16", "8x12x16", "8x16x16", "12x16x16", "16x16x16", "16x16x24"),
-)
 SHAPES = {"v5e": FLAT, "v5p": DEEP, "v6e": FLAT}
 
 
