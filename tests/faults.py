@@ -138,6 +138,8 @@ def child(root: str, clock: str, limit: str, *stages: str) -> int:
 
     def watched(state, update, stream, settings, workdir, **options):
         seen = pathlib.Path(workdir) / "seen.jsonl"
+        if seen.exists():  # a full disk cuts a line off
+            seen.write_bytes(b"".join(x for x in seen.open("rb") if x.endswith(b"\n")))
 
         def slow(state, item):
             start = time.perf_counter()
