@@ -11,7 +11,7 @@ harness that harms it. Kinds of faults:
            as must one that is started while the shard is broken
   clock    the clock jumps by up to a day before every update, until SIGKILL
 
-python tests/faults.py FILE    reads commands and makes a process of each, whose output is in FILE.
+python tests/faults.py ROOT   reads commands and makes a process of each, which writes to said.txt.
 It has imported what they need, and has not started JAX: a process is a fork, and begins at once.
 """
 
@@ -138,6 +138,8 @@ def child(root: str, clock: str, limit: str, *stages: str) -> int:
 
     def watched(state, update, stream, settings, workdir, **options):
         seen = pathlib.Path(workdir) / "seen.jsonl"
+        if seen.exists():  # a full disk cuts a line off
+            seen.write_bytes(b"".join(x for x in seen.open("rb") if x.endswith(b"\n")))
 
         def slow(state, item):
             start = time.perf_counter()
@@ -177,8 +179,11 @@ def digest(item) -> str:
     return sums.hexdigest()
 
 
-def nursery(said: str) -> None:
+def nursery(root: str) -> None:
     """For every line, which is a command, fork a process; tell its id, and its exit code."""
+    said = f"{root}/said.txt"
+    chat.Chat(f"{root}/model")  # imports what reads it
+    runs.load_config(f"{HERE}:sft", [])
     for line in sys.stdin:
         if not (number := os.fork()):
             out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -238,7 +243,7 @@ class Harm:
     def __enter__(self) -> "Harm":
         env = os.environ | {"PYTHONPATH": f"{HERE.parent.parent}:{HERE.parent}"}
         self.nursery = subprocess.Popen(
-            [sys.executable, str(HERE), str(self.root / "said.txt")],
+            [sys.executable, str(HERE), str(self.root)],
             env=env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

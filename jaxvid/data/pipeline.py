@@ -31,7 +31,7 @@ GREY = 128  # a blank clip's pixels
 class Data:
     """Which records are read, and how they become batches."""
 
-    shards: tuple[str, ...]  # folders or globs; each is one part of the mixture
+    shards: tuple[str, ...]  # folders, URLs or globs; each is one part of the mixture
     tasks: tuple[str, ...]  # the examples used: sft, choice, caption, preference, policy
     budget: layout.Budget  # rows are those of a micro-batch over all processes
     weights: tuple[float, ...] = ()  # of the parts; () is by their number of records
@@ -40,6 +40,7 @@ class Data:
     sampling: media.Sampling = media.Sampling()
     workers: int = 0  # processes that decode; 0 is a thread of this one
     cache: str = ""  # folder of decoded frames; "" decodes every time
+    local: str = ""  # where shards of gs:// or s3:// are copied; "" is ~/.cache/jaxvid/shards
     sound: bool = False  # clips are heard as well, by a family that can
     questions: int = 0  # most supervised questions per clip, drawn anew each epoch; 0 is all
     blank: float = 0.0  # chance that a record's clips are shown as plain grey
@@ -297,7 +298,7 @@ class Clip(NamedTuple):
 
 
 def _sources(data: Data) -> list[shards.Source]:
-    return [shards.Source(folder, data.split) for folder in data.shards]
+    return [shards.Source(folder, data.split, local=data.local) for folder in data.shards]
 
 
 def _identity(data: Data, seed: int, sources: list[shards.Source]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import pathlib
+import posixpath
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -272,9 +273,9 @@ def _manifest_or_empty(folder: pathlib.Path) -> dict:
 
 def read_manifest(folder: str | os.PathLike) -> dict:
     """{"schema": int, "splits": {split: [{"file", "records", "bytes", "sha256"}]}} of a folder."""
-    path = pathlib.Path(folder, "manifest.json")
+    path = posixpath.join(os.fspath(folder), "manifest.json")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(_text(path))
     except FileNotFoundError as error:
         raise ShardError(
             f"no manifest.json in {folder}: it is not a folder of shards, or was never finished. "
@@ -290,17 +291,55 @@ def read_manifest(folder: str | os.PathLike) -> dict:
     return manifest
 
 
+def _text(path: str) -> str:
+    if not files.is_remote(path):
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    fs, name = files.opened(path)
+    return fs.cat_file(name).decode()
+
+
 def splits(folder: str | os.PathLike) -> tuple[str, ...]:
     """The finished splits of a folder; none where nothing was ever finished."""
     return tuple(_manifest_or_empty(pathlib.Path(folder))["splits"])
 
 
-def _folders(pattern: str) -> list[pathlib.Path]:
-    found = [pathlib.Path(p) for p in sorted(glob.glob(pattern))]
-    folders = [p for p in found if p.is_dir()]
+def _folders(pattern: str) -> list[str]:
+    if files.is_remote(pattern):
+        fs, path = files.opened(pattern)
+        folders = [fs.unstrip_protocol(p) for p in sorted(fs.glob(path)) if fs.isdir(p)]
+    else:
+        folders = [p for p in sorted(glob.glob(pattern)) if os.path.isdir(p)]
     if not folders:
         raise ShardError(f"no folder of shards at {pattern}")
     return folders
+
+
+def fetched(folder: str, entry: dict, local: str = "") -> pathlib.Path:
+    """A shard of a remote folder as a local file, copied once; `entry` is the manifest's.
+
+    It lies in `local` ("" is ~/.cache/jaxvid/shards) under its checksum, and gets that name when
+    its content has that checksum. A copy that was cut short is gone on with. Raises ShardError if
+    what is there is not what the manifest says.
+    """
+    home = pathlib.Path(local or "~/.cache/jaxvid/shards").expanduser()
+    home.mkdir(parents=True, exist_ok=True)
+    path = home / f"{entry['sha256']}-{entry['file']}"
+    partial = path.with_name(f".{path.name}.partial")
+    with _lock(home):  # the processes of a host share it
+        if path.exists() and not _size_fault(path, entry):
+            return path
+        fs, name = files.opened(posixpath.join(folder, entry["file"]))
+        with fs.open(name, "rb") as there, partial.open("ab") as here:
+            there.seek(here.tell())
+            shutil.copyfileobj(there, here, 2**20)
+        fault = _size_fault(partial, entry)
+        if fault or _sha256(partial) != entry["sha256"]:
+            partial.unlink()
+            fault = fault or "its sha256 is not the manifest's: its content has changed"
+            raise ShardError(f"{folder}/{entry['file']}: {fault}. Copy or build the shards again.")
+        os.replace(partial, path)
+        files.sync(home)
+    return path
 
 
 class Source:
@@ -310,8 +349,15 @@ class Source:
     that a saved iterator is accepted after the folder has moved, and refused after it has changed.
     """
 
-    def __init__(self, folders: str | os.PathLike | Iterable[str | os.PathLike], split: str):
-        """`folders` are folders or glob patterns. Raises ShardError for what is not as written."""
+    def __init__(
+        self,
+        folders: str | os.PathLike | Iterable[str | os.PathLike],
+        split: str,
+        *,
+        local: str = "",
+    ):
+        """`folders` are folders or glob patterns. Shards of remote ones (gs://, s3://) are copied
+        to `local`: see `fetched`. Raises ShardError for what is not as written."""
         one = isinstance(folders, str | os.PathLike)
         patterns = [os.fspath(f) for f in ([folders] if one else folders)]
         self.split, self._files, ends, content = split, [], [0], hashlib.sha256()
@@ -320,9 +366,11 @@ class Source:
             if split not in splits:
                 raise ShardError(f"{folder} has no split {split!r}; it has {sorted(splits)}")
             for entry in splits[split]:
-                path = folder / entry["file"]
-                fault = _size_fault(path, entry)
-                if fault:
+                if files.is_remote(folder):
+                    path = fetched(folder, entry, local)
+                else:
+                    path = pathlib.Path(folder, entry["file"])
+                if fault := _size_fault(path, entry):
                     raise ShardError(f"{path}: {fault}. Copy or build the shards again.")
                 self._files.append(str(path))
                 ends.append(ends[-1] + entry["records"])

@@ -25,12 +25,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from jaxvid import paths
+from jaxvid import files, paths
 from jaxvid.train.state import NONE, TrainState
 
 FORMAT = 2
@@ -60,7 +61,9 @@ class Checkpoints:
         best: str = "eval_loss",
         mode: Literal["min", "max"] = "min",
     ):
-        self.folder = pathlib.Path(folder).absolute()
+        # Orbax writes to gs:// by itself, from all processes.
+        remote = files.is_remote(folder)
+        self.folder = epath.Path(folder) if remote else epath.Path(folder).absolute()
         self.passed: list[int] = []  # damaged steps that `restore` set aside
         # A checkpoint without a validation ranks last, and of those the latest first.
         self.best, self.worst = best, math.inf if mode == "min" else -math.inf
