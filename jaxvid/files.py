@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator
 
 import fsspec
-import jax
 
 
 def write(path: pathlib.Path, content: str | bytes) -> None:
@@ -59,20 +58,22 @@ def opened(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 @contextlib.contextmanager
-def at(folder: str | os.PathLike, *, every: float = 30.0) -> Iterator[pathlib.Path]:
+def at(
+    folder: str | os.PathLike, *, processes: int = 1, every: float = 30.0
+) -> Iterator[pathlib.Path]:
     """A local folder that stands for this one while the context lasts.
 
     A local one is itself. Of a remote one everything is copied here first, and what is written
     here (under TMPDIR) is copied there every so many seconds and at the end, also after an error;
     see `Mirror`. One process may write to a remote folder at a time: raises ValueError in a run of
-    several.
+    several `processes`.
     """
     if not is_remote(folder):
         yield pathlib.Path(folder)
         return
-    if jax.process_count() > 1:
+    if processes > 1:
         raise ValueError(
-            f"{folder} is written by one process and this run has {jax.process_count()}; give a "
+            f"{folder} is written by one process and this run has {processes}; give a "
             "folder that all of them share, such as a bucket that is mounted"
         )
     with tempfile.TemporaryDirectory(prefix="jaxvid-") as local:

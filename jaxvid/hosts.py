@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, Sharding
 
 from jaxvid import sharding
 
@@ -67,6 +67,12 @@ def check(mesh: Mesh) -> None:
         )
 
 
+def together() -> None:
+    """Wait for all processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("jaxvid")
+
+
 def gather(value: Any) -> list[Any]:
     """What each process gives, in their order. Plain JSON."""
     text = json.dumps(value)
@@ -101,7 +107,7 @@ def some(*flags: bool) -> list[bool]:
     return [n > 0 for n in most(*map(int, flags))]
 
 
-def place(tree: Any, where: NamedSharding) -> Any:
+def place(tree: Any, where: Sharding) -> Any:
     """This process's part of arrays, as arrays of all processes. Random keys too."""
 
     def one(x):

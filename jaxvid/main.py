@@ -61,23 +61,23 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     p = verb("train", _train, "train by a recipe", "tiny_sft --workdir runs/sft", overrides=True)
     p.add_argument("config", nargs="?", help="path or name of a recipe, `:runlocal` for the small")
-    p.add_argument("--workdir", type=pathlib.Path)
+    p.add_argument("--workdir", help="a local folder, or gs://, s3:// and others of fsspec")
     _distributed_flag(p)
     p = verb("score", _score, "a reference's log-probs, once", SCORE, overrides=True)
     p.add_argument("config", nargs="?", help="path or name of a recipe of preferences")
     p.add_argument("--out", type=pathlib.Path, help="folder; default: beside the first shards")
     p = verb("eval", _eval, "answer every pair", "tiny_eval --workdir runs/eval", overrides=True)
     p.add_argument("config", nargs="?", help="path or name of a recipe")
-    p.add_argument("--workdir", type=pathlib.Path)
+    p.add_argument("--workdir", help="a local folder, or gs://, s3:// and others of fsspec")
     _distributed_flag(p)
     p = verb(
         "steps", _steps, "step pairs for pDPO", "tiny_steps --workdir runs/pdpo", overrides=True
     )
     p.add_argument("config", nargs="?", help="path or name of a recipe")
-    p.add_argument("--workdir", type=pathlib.Path)
+    p.add_argument("--workdir", type=_local)
     p = verb("ablate", _ablate, "arms of a recipe over seeds", ABLATE, overrides=True)
     p.add_argument("config", nargs="?", help="path or name of a recipe with ARMS")
-    p.add_argument("--workdir", type=pathlib.Path)
+    p.add_argument("--workdir", type=_local)
     p.add_argument("--seeds", type=int, default=5)
     p = verb("ask", _ask, "ask a model about a clip", 'runs/sft/model a.mp4 "What happens?"')
     p.add_argument("model", type=pathlib.Path)
@@ -120,6 +120,12 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     return parser, made
 
 
+def _local(text: str) -> pathlib.Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is not a local folder, which this verb wants")
+    return pathlib.Path(text)
+
+
 def _distributed_flag(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--distributed",
@@ -131,7 +137,7 @@ def _distributed_flag(p: argparse.ArgumentParser) -> None:
 def _tpl_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("shards", help="folder of shards, or a pattern of folders")
     p.add_argument("--model", type=pathlib.Path, required=True)
-    p.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/tpl"))
+    p.add_argument("--workdir", type=_local, default=pathlib.Path("runs/tpl"))
     p.add_argument("--split", default="train")
     p.add_argument("--frame", choices=("last", "middle", "random"), default="last")
     p.add_argument("--tasks", nargs="+", help="whose answers; default: sft choice caption")
@@ -185,13 +191,14 @@ def _from_command(args: argparse.Namespace, rest: list[str], folder: str = "work
 
 
 def _train(args: argparse.Namespace, rest: list[str]) -> int:
-    from jaxvid import config, hosts, runs
+    from jaxvid import config, files, hosts, runs
 
     hosts.start(args.distributed)
     run = _from_command(args, rest)
     if not isinstance(run, config.Run):
         raise ValueError(f"{args.config} is a {type(run).__name__}; it does not train")
-    result = runs.train(run, args.workdir)
+    with files.at(args.workdir, processes=hosts.share()["processes"]) as workdir:
+        result = runs.train(run, workdir)
     if result.interrupted:
         print(f"stopped and saved at step {result.step}; the same command goes on from there")
         return 143  # as a process that SIGTERM ended, so that a scheduler starts it again
@@ -212,7 +219,7 @@ def _score(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _eval(args: argparse.Namespace, rest: list[str]) -> int:
-    from jaxvid import config, hosts, runs
+    from jaxvid import config, files, hosts, runs
 
     hosts.start(args.distributed)
     run = _from_command(args, rest)
@@ -220,9 +227,28 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> int:
         raise ValueError(
             f"{args.config} is a {type(run).__name__}; `jaxvid eval` wants an EvalRun or a ProbeRun"
         )
-    if isinstance(run, config.ProbeRun):
-        return _probe(run, args.workdir)
-    for control, results in runs.evaluate(run, args.workdir).items():
+    with files.at(args.workdir, processes=hosts.share()["processes"]) as workdir:
+        if isinstance(run, config.ProbeRun):
+            results = runs.probe(run, workdir)
+        else:
+            results = runs.evaluate(run, workdir)
+    if hosts.share()["process"] == 0:
+        _tell(run, results)
+        print(f"wrote replies and results to {args.workdir}")
+    return 0
+
+
+def _tell(run, found) -> None:
+    """Print the scores of an evaluation."""
+    if not isinstance(found, dict):  # of probes
+        for kind, s in (found.kinds | {"overall": found.overall}).items():
+            a = s.accuracy
+            print(
+                f"{kind}: {a.value:.3f} ({a.low:.3f} to {a.high:.3f}) of {s.n} right, grade "
+                f"{s.grade.value:.3f}, unparsed {s.unparsed:.3f}"
+            )
+        return
+    for control, results in found.items():
         o = results.overall
         print(
             f"{control}: both {o.both.value:.3f}  real {o.real.value:.3f}  counterfactual "
@@ -233,22 +259,6 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> int:
                 f"{control}, {name} of {run.ask.samples}: both {m.both.value:.3f}  real "
                 f"{m.real.value:.3f}  counterfactual {m.counterfactual.value:.3f}"
             )
-    print(f"wrote replies and results to {args.workdir}")
-    return 0
-
-
-def _probe(run, workdir: pathlib.Path) -> int:
-    from jaxvid import runs
-
-    results = runs.probe(run, workdir)
-    for kind, s in (results.kinds | {"overall": results.overall}).items():
-        a = s.accuracy
-        print(
-            f"{kind}: {a.value:.3f} ({a.low:.3f} to {a.high:.3f}) of {s.n} right, grade "
-            f"{s.grade.value:.3f}, unparsed {s.unparsed:.3f}"
-        )
-    print(f"wrote replies and results to {workdir}")
-    return 0
 
 
 def _steps(args: argparse.Namespace, rest: list[str]) -> int:

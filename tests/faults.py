@@ -147,10 +147,10 @@ def child(root: str, clock: str, limit: str, *stages: str) -> int:
                 jump = drawn.uniform(-86400, 86400)
                 time.time = lambda: honest() + jump
             line = {"place": stream.get_state(), "item": digest(item)}
-            with seen.open("a") as file:
-                file.write(json.dumps(line) + "\n")
             state, values = update(state, item)
             jax.block_until_ready(state)
+            with seen.open("a") as file:
+                file.write(json.dumps(line) + "\n")
             time.sleep(max(0.0, UPDATE - (time.perf_counter() - start)))
             return state, values
 
@@ -228,7 +228,7 @@ class Told:
     arm: str
     kind: str
     code: int
-    updates: int  # that the process had begun when it ended
+    updates: int  # that the process had made when it ended
 
 
 class Harm:
@@ -326,7 +326,7 @@ class Harm:
         if kind == signal.SIGKILL and not clock and self.random.random() < 0.2:
             self.sleep(process, 3.0)  # while it starts
         elif self.begun(process, workdir, count):
-            self.sleep(process, 12 * UPDATE)
+            self.sleep(process, 20 * UPDATE)
         process.send(kind)
         code = process.wait()
         return code != 0, code
@@ -410,7 +410,7 @@ class Harm:
             kept.rename(workdir)
 
     def begun(self, process, workdir: pathlib.Path, count: int) -> bool:
-        """Wait for the process' first update; whether there was one."""
+        """Wait until the process has made an update; whether it did."""
         seen = workdir / "seen.jsonl"
         until(lambda: process.poll() is not None or lines(seen) > count, 0.005)
         return process.poll() is None

@@ -80,14 +80,12 @@ def test_a_package_that_is_missing_is_named():
         files.opened("nosuch://a")
 
 
-def test_a_local_folder_is_itself(tmp_path, monkeypatch):
-    with files.at(tmp_path) as folder:
-        assert folder == tmp_path
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with files.at(tmp_path) as folder:
-        assert folder == tmp_path
+def test_a_local_folder_is_itself(tmp_path):
+    for processes in (1, 2):
+        with files.at(tmp_path, processes=processes) as folder:
+            assert folder == tmp_path
     with pytest.raises(ValueError, match="memory://.*one process and this run has 2"):
-        files.at(URL).__enter__()
+        files.at(URL, processes=2).__enter__()
 
 
 def test_a_run_in_a_remote_folder_goes_on_bit_for_bit(memory, tmp_path):

@@ -23,15 +23,13 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
-from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from jaxvid import files, paths
+from jaxvid import files, hosts, paths
 from jaxvid.train.state import NONE, TrainState
 
 FORMAT = 2
@@ -245,7 +243,7 @@ class Checkpoints:
             found = read()
         except Exception as error:  # Orbax and TensorStore raise what they please
             fault = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        if fault := next(filter(None, _of_all_processes(fault)), ""):
+        if fault := next(filter(None, hosts.gather(fault)), ""):
             raise Damaged(self._about(step, fault))
         return found
 
@@ -256,10 +254,10 @@ class Checkpoints:
         """Rename the folder of a step, so that the step can be saved again; its new name."""
         names = (f"{step}.damaged{f'-{i}' if i else ''}" for i in itertools.count())
         free = next(name for name in names if not (self.folder / name).exists())
-        _together()  # all have looked
+        hosts.together()  # all have looked
         if jax.process_index() == 0:
             (self.folder / str(step)).rename(self.folder / free)
-        _together()
+        hosts.together()
         self.manager.reload()
         return free
 
@@ -278,7 +276,7 @@ class Checkpoints:
                 if not fine:
                     say(f"{path} cannot be read; the checkpoint counts as one without validation")
                     path.write_text(json.dumps({self.best: self.worst}))
-        _together()
+        hosts.together()
 
     def wait(self) -> None:
         """Block until what was started is on disk; raises what went wrong there."""
@@ -414,28 +412,10 @@ def checksums(arrays: dict[str, Array], dtype: Any = None) -> dict[str, UInt32[A
     return {name: one(x) for name, x in arrays.items()}
 
 
-def _together() -> None:
-    """Wait for all processes."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("checkpoints")
-
-
 def _of_every_process(data: Any) -> Any:
     """`data` as JSON gives it back. Raises ValueError if it is not the same in all processes: a
     run may go on with another number of them."""
-    found = _of_all_processes(data)
+    found = hosts.gather(data)
     if any(one != found[0] for one in found):
         raise ValueError(f"the processes' streams stand at different places: {found}")
     return found[0]
-
-
-def _of_all_processes(data: Any) -> list[Any]:
-    """The `data` of every process, in order, as JSON gives it back."""
-    if jax.process_count() == 1:
-        return [json.loads(json.dumps(data))]
-    text = np.frombuffer(json.dumps(data).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array([text.size])).reshape(-1)
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: text.size] = text
-    rows = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
-    return [json.loads(row[:n].tobytes().decode()) for row, n in zip(rows, sizes)]
