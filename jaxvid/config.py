@@ -59,9 +59,10 @@ class Job:
     model: str  # folder: config.json, weights, tokenizer, chat template
     compute: Compute = Compute()
     data: Data
-    replica: int = 1  # the mesh; one of the three may be -1, which takes the devices left over
+    replica: int = 1  # the mesh; one of the four may be -1, which takes the devices left over
     fsdp: int = -1
     tensor: int = 1
+    context: int = 1  # devices that share the tokens of a row too long for one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -62,8 +62,8 @@ def check(mesh: Mesh) -> None:
     if processes > 1 and (rows != rows[:, :1]).any():
         raise ValueError(
             f"a row of the batch would lie in several processes: mesh {dict(mesh.shape)} over "
-            f"{processes} processes of {jax.local_device_count()} devices. Set tensor to a divisor "
-            f"of {jax.local_device_count()}"
+            f"{processes} processes of {jax.local_device_count()} devices. Set tensor x context "
+            f"to a divisor of {jax.local_device_count()}"
         )
 
 

@@ -99,7 +99,9 @@ def train(run: Run, workdir: pathlib.Path) -> loop.Result:
     Writes config.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, model/.
     """
     mesh = _mesh(run)
-    sharding.row_sharding(mesh, run.data.budget.rows)  # says at once if the rows do not divide
+    for data in filter(None, (run.data, run.validation)):  # say at once if rows do not divide
+        sharding.row_sharding(mesh, data.budget.rows)
+        sharding.check_tokens(mesh, data.budget.tokens)
     if isinstance(run, config.PolicyRun):
         rewards.check(run.reward)
     scoring.check(run)
@@ -218,7 +220,7 @@ def _record_ids(run: Run, n: int, item: Any) -> list[str]:
 
 
 def _mesh(run: AnyRun) -> Mesh:
-    mesh = sharding.make_mesh(run.replica, run.fsdp, run.tensor)
+    mesh = sharding.make_mesh(run.replica, run.fsdp, run.tensor, run.context)
     hosts.check(mesh)
     return mesh
 

@@ -43,7 +43,7 @@ def score(run: PreferenceRun, out: pathlib.Path | None = None) -> pathlib.Path:
         todo[name] = sources, sidecar.begin(out / name, made, count)
     if not any(missing for _, missing in todo.values()):
         return out
-    mesh = sharding.make_mesh(run.replica, run.fsdp, run.tensor)
+    mesh = sharding.make_mesh(run.replica, run.fsdp, run.tensor, run.context)
     with jax.set_mesh(mesh):
         loaded = config.load_model(run, mesh)
         params = hf.load(run.reference, mesh=mesh).params if run.reference else loaded.params

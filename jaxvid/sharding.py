@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -11,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 Names = tuple[str | None, ...]  # logical names of an array's dimensions; None is not split
 
-AXES = ("replica", "fsdp", "tensor")
+AXES = ("replica", "fsdp", "tensor", "context")
 
-# Weights W[D_fsdp, F_tensor]; activations x[B_(replica, fsdp), T, D]. An axis absent is an error.
+# Weights W[D_fsdp, F_tensor]; activations x[B_(replica, fsdp), T_context, D]. An axis absent from
+# the rules is an error.
 RULES = {
     "rows": ("replica", "fsdp"),
     "tokens": "context",
@@ -30,12 +32,12 @@ RULES = {
 }
 
 
-def make_mesh(replica: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
-    """Mesh (replica, fsdp, tensor) over all devices; -1 takes what the others leave.
+def make_mesh(replica: int = 1, fsdp: int = -1, tensor: int = 1, context: int = 1) -> Mesh:
+    """Mesh (replica, fsdp, tensor, context) over all devices; -1 takes what the others leave.
 
     Raises ValueError if the sizes do not multiply to the number of devices.
     """
-    devices, sizes = jax.devices(), [replica, fsdp, tensor]
+    devices, sizes = jax.devices(), [replica, fsdp, tensor, context]
     if sizes.count(-1) > 1:
         raise ValueError(f"mesh {dict(zip(AXES, sizes))}: at most one axis may be -1")
     known = int(np.prod([s for s in sizes if s != -1]))
@@ -45,7 +47,7 @@ def make_mesh(replica: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
             f"mesh {dict(zip(AXES, sizes))} needs {int(np.prod(sizes))} devices; there are "
             f"{len(devices)}. Set the axes so that their product is {len(devices)}."
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def spec(axes: tuple[str, ...], rules=RULES) -> P:
@@ -110,18 +112,9 @@ def row_sharding(mesh: Mesh, rows: int, leading: int = 0, rules=RULES) -> NamedS
     return NamedSharding(mesh, P(*(None,) * leading, rules["rows"]))
 
 
-def constrain(x: jax.Array, *axes: str | None, rules=RULES) -> jax.Array:
-    """Pin an activation's sharding by logical axes (None: not sharded); outside a mesh, no-op."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    names = P(*(None if a is None else rules[a] for a in axes))
-    return jax.lax.with_sharding_constraint(x, names)
-
-
 def fit(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pin an array's sharding by logical axes, as `constrain` does; a dimension that does not
-    divide over its mesh axes is not split."""
+    """Pin an array's sharding by logical axes (None: not split); a dimension that does not divide
+    over its mesh axes is not split. Outside a mesh, no-op."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return x
@@ -142,6 +135,55 @@ def splits(sizes: Mapping[str, int], rules=RULES) -> dict[str, tuple[str, ...]]:
         return over if size % int(np.prod([mesh.shape[a] for a in over])) == 0 else ()
 
     return {name: axes(name, size) for name, size in sizes.items()}
+
+
+def context() -> int:
+    """Into how many parts the mesh in context splits the tokens of a row."""
+    return ways(splits({"tokens": 0})["tokens"])
+
+
+def check_tokens(mesh: Mesh, tokens: int) -> None:
+    """ValueError unless rows of so many tokens can be dealt out over the mesh's `context`."""
+    parts = 2 * mesh.shape["context"]
+    if parts > 2 and tokens % parts:
+        raise ValueError(
+            f"a row of {tokens} tokens does not divide into the {parts} pieces of a mesh with "
+            f"context {parts // 2}. Set --data.budget.tokens to a multiple of {parts}"
+        )
+
+
+def deal(x: jax.Array, axis: int = 1) -> jax.Array:
+    """Rows as the devices of `context` hold them: tokens in another order, split over `axis`.
+
+    A token sees those before it, so each device gets a piece from the front of the row and one
+    from its back: 0 7 | 1 6 | 2 5 | 3 4. No-op where rows are not split, or do not divide so.
+    """
+    parts = pieces(x.shape[axis])
+    if not parts:
+        return x
+    x = jnp.moveaxis(x, axis, 0)
+    cut = x.reshape(parts, -1, *x.shape[1:])
+    paired = jnp.stack([cut[: parts // 2], cut[parts // 2 :][::-1]], axis=1)
+    names = ["rows", *(None,) * (x.ndim - 1)]
+    names[axis] = "tokens"
+    return fit(jnp.moveaxis(paired.reshape(x.shape), 0, axis), *names)
+
+
+def collect(x: jax.Array) -> jax.Array:
+    """Dealt rows [B, T, ...] whole again on every device of `context`, and in order."""
+    x = fit(x, "rows", *(None,) * (x.ndim - 1))
+    parts = pieces(x.shape[1])
+    if not parts:
+        return x
+    paired = jnp.moveaxis(x, 1, 0).reshape(parts // 2, 2, -1, len(x), *x.shape[2:])
+    cut = jnp.concatenate([paired[:, 0], paired[::-1, 1]])
+    return jnp.moveaxis(cut.reshape(x.shape[1], len(x), *x.shape[2:]), 0, 1)
+
+
+def pieces(tokens: int) -> int:
+    """Into how many pieces a row is dealt out; 0 is not at all."""
+    parts = 2 * context()
+    return parts if parts > 2 and tokens % parts == 0 else 0
 
 
 def data_shards(mesh: Mesh | AbstractMesh, rules=RULES) -> int:

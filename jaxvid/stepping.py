@@ -128,7 +128,7 @@ def _make(run: StepsRun, source: _Records, workdir: pathlib.Path, done: int) -> 
     size, rest = run.steps.records, source.starting(done)
     group = list(itertools.islice(rest, size))
     steps.check(group, right)  # before a model is read
-    mesh = sharding.make_mesh(run.replica, run.fsdp, run.tensor)
+    mesh = sharding.make_mesh(run.replica, run.fsdp, run.tensor, run.context)
     with jax.set_mesh(mesh), tqdm(total=len(source), initial=done, unit="record") as bar:
         loaded = config.load_model(run, mesh)
         builder = config.make_builder(run.model, loaded.cfg, run.data)

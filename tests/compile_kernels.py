@@ -133,9 +133,9 @@ def main(topology):
     """Raises where a case does not compile, or not to the kernels it should have."""
     described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     devices, short = np.array(described.devices), []
-    for cases, shape in ((ALONE, (1, 1, 1)), (SPREAD, (-1, 2, 2))):
+    for cases, shape in ((ALONE, (1, 1, 1, 1)), (SPREAD, (-1, 2, 2, 1))):
         chosen = devices[:1] if cases is ALONE else devices
-        mesh = Mesh(chosen.reshape(shape), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+        mesh = Mesh(chosen.reshape(shape), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
         for name, (make, kernels) in cases.items():
             start = time.monotonic()
             with jax.set_mesh(mesh):

@@ -32,8 +32,8 @@ def fill(path) -> None:
 
 
 def one_device():
-    kinds = (AxisType.Auto,) * 3
-    return jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=kinds, devices=jax.devices()[:1])
+    kinds = (AxisType.Auto,) * 4
+    return jax.make_mesh((1,) * 4, sharding.AXES, axis_types=kinds, devices=jax.devices()[:1])
 
 
 class Run:

@@ -92,13 +92,16 @@ def test_a_twin_answers(twin, tmp_path, capsys):
     assert capsys.readouterr().out
 
 
-def test_a_twin_learns_on_a_mesh_as_on_one_device(twin):
+@pytest.mark.parametrize("sizes", [(2, 2), (2, 1, 2)], ids=["tensor", "context"])
+def test_a_twin_learns_on_a_mesh_as_on_one_device(twin, sizes):
     """The same first step, and a loss that falls: the clip, its sound and the reply reach it."""
     tree = twin.tree()
-    (batch,) = layout.pack([[tree], [tree]], dataclasses.replace(twin.budget(tree), rows=2))
+    budget = twin.budget(tree)
+    budget = dataclasses.replace(budget, rows=2, tokens=-(-budget.tokens // 4) * 4)
+    (batch,) = layout.pack([[tree], [tree]], budget)
     batch = layout.stack([batch])
     alone = step.make_eval(twin.loaded.graph, SFT())(twin.loaded.params, batch)
-    mesh, found = mesh_of(2, 2), []
+    mesh, found = mesh_of(*sizes), []
     with jax.set_mesh(mesh):
         loaded = hf.load(twin.folder, mesh=mesh)
         graph = hf.abstract(dataclasses.replace(loaded.cfg, compute=Compute(remat="none")))[0]

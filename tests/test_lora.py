@@ -17,6 +17,8 @@ from jaxvid.objectives.sft import SFT
 from jaxvid.train import checkpoint, loop, optimizers, step
 from jaxvid.train import state as states
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 CFG = lora.LoRA(rank=2, alpha=8.0)
 EVERYWHERE = lora.LoRA(rank=2, alpha=8.0, targets=("decoder", "tower"), dropout=0.3)
 BLOCKS = lora.LoRA(rank=2, alpha=8.0, targets=("blocks",))  # of nets.Net
@@ -122,7 +124,6 @@ def test_a_run_trains_the_adapters_alone():
     assert held == 2 * trained and trained < 0.1 * still
 
 
-@pytest.mark.usefixtures("quick")
 def test_dropout_comes_from_seed_and_step():
     """The same state and seed draw the same; another step, seed or micro-batch other masks."""
     cfg, data = dataclasses.replace(BLOCKS, dropout=0.3), batch([1, 1], rows=1)
@@ -171,7 +172,6 @@ def test_dropout_keeps_the_expected_input():
     assert len(keys) == 2 and (keys[0] != keys[1]).any()
 
 
-@pytest.mark.usefixtures("quick")
 def test_one_device_is_eight_with_dropout(tmp_path):
     """fsdp 4 x tensor 2, in three steps; b is split as its layer's outputs are."""
     data, results = batch(range(1, 9), 4), []

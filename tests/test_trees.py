@@ -435,5 +435,5 @@ def test_the_step_pins_activations_forward_and_backward():
         program = train_step.lower(state, data).as_text()
     frames = ROWS * BUDGET.frames
     for shape in (f"{ROWS}x{T}x{CFG.text.width}", f"{frames}x16x{CFG.vision.width}"):
-        pinned = rf'sharding_constraint .*\[{{"replica", "fsdp"}}, .*: tensor<{shape}xf32>'
+        pinned = rf'sharding_constraint .*\[{{"fsdp"}}, .*: tensor<{shape}xf32>'
         assert len(re.findall(pinned, program)) >= 2, shape

@@ -97,8 +97,8 @@ def test_a_piece_that_devices_share_is_read_once(tmp_path, monkeypatch):
         return x
 
     monkeypatch.setattr(weights.Files, "block", counted)
-    auto = (jax.sharding.AxisType.Auto,) * 3
-    devices = np.array(jax.devices()).reshape(1, 4, 2)
+    auto = (jax.sharding.AxisType.Auto,) * 4
+    devices = np.array(jax.devices()).reshape(1, 4, 2, 1)
     parts = hf.load(folder, mesh=Mesh(devices, sharding.AXES, axis_types=auto))
     total = sum(x.size for x in jax.tree.leaves(loaded.params))
     assert sum(read) < 1.2 * total  # biases and norms are read whole for each piece of them

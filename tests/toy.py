@@ -121,10 +121,11 @@ class Stream:
         self.n = state["n"]
 
 
-def mesh_of(ways=1, tensor=1):
-    """A mesh (1, ways, tensor) over the first devices."""
-    devices = np.array(jax.devices()[: ways * tensor]).reshape(1, ways, tensor)
-    auto = (jax.sharding.AxisType.Auto,) * 3
+def mesh_of(ways=1, tensor=1, context=1):
+    """A mesh (1, ways, tensor, context) over the first devices."""
+    shape = 1, ways, tensor, context
+    devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
+    auto = (jax.sharding.AxisType.Auto,) * 4
     return jax.sharding.Mesh(devices, sharding.AXES, axis_types=auto)
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from jaxvid.models.layers import Compute, GatedMLP, Linear, RMSNorm, lookup, scan, stack
 from jaxvid.ops.attention import attention, decode_attention
 from jaxvid.ops.rope import rope
-from jaxvid.sharding import constrain, fit
+from jaxvid.sharding import collect, deal, fit, pieces
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,19 +132,28 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KV | None]:
         """Hidden states after the final norm, never logits; with `keep`, every layer's k and v.
 
-        `deep(i)` is added to what leaves layer i: Qwen3-VL's features of deeper vision blocks."""
+        `deep(i)` is added to what leaves layer i: Qwen3-VL's features of deeper vision blocks. Over
+        an axis `context` of the mesh every device runs its own part of each row."""
+        index, split = None, pieces(x.shape[1]) > 0 and not keep  # a cache is in order
+        if split:
+            index = jnp.broadcast_to(jnp.arange(x.shape[1])[None], end.shape)
+            x, positions = deal(x), deal(positions, 2)
+            end, depth, index = map(deal, (end, depth, index))
         path = depth if self.window else None
-        attend = lambda q, k, v: attention(q, k, v, end=end, depth=path, window=self.window)
+        sees = {"end": end, "depth": path, "index": index, "window": self.window}
+        attend = lambda q, k, v: attention(q, k, v, **sees)
 
         def layer(x, block, i):
-            x = constrain(x, "rows", None, None)
+            x = fit(x, "rows", "tokens", None)
             x, kv = block(x, positions, attend, self.compute.ffn_parts)
-            x = x if deep is None else x + deep(i)
+            if deep is not None:
+                x = x + (deal(deep(i)) if split else deep(i))
             return x, KV(*kv) if keep else None
 
         layers = None if deep is None else jnp.arange(self.layers)
         x, kv = scan(layer, x, self.blocks, layers, self.compute)
-        return self.norm(x), kv
+        x = self.norm(x)
+        return collect(x) if split else x, kv
 
     def step(
         self,

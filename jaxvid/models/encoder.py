@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxvid.models.layers import ACTIVATIONS, MLP, Compute, LayerNorm, Linear, scan, stack
 from jaxvid.ops.attention import attention
-from jaxvid.sharding import constrain
+from jaxvid.sharding import fit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,6 @@ class Encoder(nnx.Module):
         values that nobody reads."""
 
         def layer(x, block, _):
-            return block(constrain(x, "rows", None, None), segment), None
+            return block(fit(x, "rows", "tokens", None), segment), None
 
         return scan(layer, x, self.blocks, None, self.compute)[0]

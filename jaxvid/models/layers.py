@@ -61,7 +61,7 @@ class Compute:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(x: Float[Array, "R I"], w: Array, axes: tuple[str, ...]) -> Float[Array, "R O"]:
+def matmul(x: Float[Array, "*R I"], w: Array, axes: tuple[str, ...]) -> Float[Array, "*R O"]:
     """x w in x's dtype; w[inputs + outputs] has the logical `axes`. Its derivative is written out
     because the automatic one multiplies transposed copies on CPU (1.7x the time of an MLP), to have
     w's gradient in w's type, and to leave it where w lies. w is gathered as it is multiplied, in
@@ -70,7 +70,7 @@ def matmul(x: Float[Array, "R I"], w: Array, axes: tuple[str, ...]) -> Float[Arr
 
 
 def _product(x, w, axes):
-    return x @ _whole(w, axes, x.dtype).reshape(x.shape[1], -1)
+    return x @ _whole(w, axes, x.dtype).reshape(x.shape[-1], -1)
 
 
 def _whole(w, axes, dtype):
@@ -84,11 +84,20 @@ def _matmul_forward(x, w, axes):
 
 def _matmul_backward(axes, kept, dy):
     x, w = kept
-    dx, dw = dy @ _whole(w, axes, dy.dtype).reshape(-1, dy.shape[1]).T, None
+    dx, dw = dy @ _whole(w, axes, dy.dtype).reshape(-1, dy.shape[-1]).T, None
     if x is not None:
-        dw = jnp.matmul(x.T, dy, preferred_element_type=w.dtype).reshape(w.shape)
-        dw = sharding.pin_weight(dw, axes, whole=False)
+        rows = tuple(range(x.ndim - 1))
+        dims = ((rows, rows), ((), ()))
+        dw = jax.lax.dot_general(x, dy, dims, preferred_element_type=w.dtype)
+        dw = sharding.pin_weight(dw.reshape(w.shape), axes, whole=False)
     return dx, dw
+
+
+def flat(x: Array, last: int = 1) -> Array:
+    """x as a matrix whose rows are the `last` dimensions. Where tokens are split over devices the
+    dimensions before those stay: a split of rows and one of tokens cannot be put into one."""
+    lead, width = x.shape[: x.ndim - last], math.prod(x.shape[x.ndim - last :])
+    return x.reshape(*(lead if sharding.context() > 1 else (-1,)), width)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
@@ -123,14 +132,13 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         w, n = self.w[...], self.contracted
-        rows, inputs, outputs = x.shape[: x.ndim - n], math.prod(w.shape[:n]), w.shape[n:]
-        flat = x.reshape(-1, inputs)
-        y = matmul(flat, w, self.axes)
+        rows = flat(x, n)
+        y = matmul(rows, w, self.axes)
         if self.lora is not None:
-            y = y + self.lora(flat)
+            y = y + self.lora(rows)
         if self.b is not None:
-            y = y + self.b[...].astype(x.dtype).reshape(1, -1)
-        return y.reshape(*rows, *outputs)
+            y = y + self.b[...].astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        return y.reshape(*x.shape[: x.ndim - n], *w.shape[n:])
 
 
 def lookup(
@@ -234,7 +242,7 @@ class GatedMLP(nnx.Module):
             part = w.shape[:axis] + (ffn // parts,) + w.shape[axis + 1 :]
             return jnp.moveaxis(w.reshape(shape), axis + 1, 0).reshape(parts, *part)
 
-        rows = x.reshape(-1, x.shape[-1])
+        rows = flat(x)
         given, into = (self.gate, self.up), self.down  # in parts of their outputs; of its inputs
         low = [None if m.lora is None else m.lora.reduce(rows) for m in given]
 
@@ -254,7 +262,9 @@ class GatedMLP(nnx.Module):
 
         weights = [cuts(m, 1, lambda lora: lora.b) for m in given]
         weights.append(cuts(into, 0, lambda lora: lora.a))
-        z = None if into.lora is None else jnp.zeros((len(rows), into.lora.rank), jnp.float32)
+        z = None
+        if into.lora is not None:
+            z = jnp.zeros((*rows.shape[:-1], into.lora.rank), jnp.float32)
         (y, z), _ = jax.lax.scan(part, (jnp.zeros(rows.shape, jnp.float32), z), weights)
         if z is not None:
             y = y + into.lora.expand(z.astype(x.dtype)).astype(y.dtype)

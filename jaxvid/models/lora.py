@@ -53,7 +53,7 @@ class Noise(nnx.Variable):
 
 
 class Adapter(nnx.Module):
-    """scale drop(x) a b for x [R, I]; a[inputs + (rank,)] and b[(rank,) + outputs]."""
+    """scale drop(x) a b for x [..., I]; a[inputs + (rank,)] and b[(rank,) + outputs]."""
 
     def __init__(self, cfg: LoRA, linear: Linear):
         axes, n = linear.axes, linear.contracted
@@ -68,17 +68,17 @@ class Adapter(nnx.Module):
         self.b = nnx.Param(b, axes=self.axes[1])
         self.noise = nnx.data(None)
 
-    def __call__(self, x: Float[Array, "R I"]) -> Float[Array, "R O"]:
+    def __call__(self, x: Float[Array, "*R I"]) -> Float[Array, "*R O"]:
         return self.expand(self.reduce(x))
 
-    def reduce(self, x: Float[Array, "R I"], a: Array | None = None) -> Float[Array, "R r"]:
+    def reduce(self, x: Float[Array, "*R I"], a: Array | None = None) -> Float[Array, "*R r"]:
         """drop(x) a; `a` is a part of its inputs, or all of it."""
         if self.noise is not None:
             kept = jax.random.bernoulli(self.noise[...], 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), 0)
         return matmul(x, self.a[...] if a is None else a, self.axes[0])
 
-    def expand(self, low: Float[Array, "R r"], b: Array | None = None) -> Float[Array, "R O"]:
+    def expand(self, low: Float[Array, "*R r"], b: Array | None = None) -> Float[Array, "*R O"]:
         """scale low b; `b` is a part of its outputs, or all of it."""
         return matmul(low, self.b[...] if b is None else b, self.axes[1]) * self.scale
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from jaxvid.models.family import Path, Place, Places
 from jaxvid.models.layers import ACTIVATIONS, MLP, Compute, LayerNorm, Linear, scan, stack
 from jaxvid.ops.attention import attention
-from jaxvid.sharding import constrain
+from jaxvid.sharding import fit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ class QFormer(nnx.Module):
         queries = jnp.broadcast_to(queries, (len(windows), *queries.shape[1:]))
 
         def layer(y, block, _):
-            return block(constrain(y, "rows", None, None), windows), None
+            return block(fit(y, "rows", "tokens", None), windows), None
 
         y = scan(layer, queries, self.blocks, None, self.compute)[0]
         return y.reshape(C, -1, self.cfg.width)

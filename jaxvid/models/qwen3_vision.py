@@ -23,7 +23,7 @@ from jaxvid.models.layers import MLP, Compute, LayerNorm, Linear, scan, stack
 from jaxvid.models.vision import normalise
 from jaxvid.ops.attention import attention
 from jaxvid.ops.rope import rope2d
-from jaxvid.sharding import constrain
+from jaxvid.sharding import fit
 
 NORM_EPS = 1e-6  # the published family has no setting for it
 HALF = (0.5, 0.5, 0.5)
@@ -182,9 +182,9 @@ class Tower(nnx.Module):
 
         def layer(carry, block, to):
             x, taps = carry
-            x = block(constrain(x, "rows", None, None), coords, seen)
+            x = block(fit(x, "rows", "tokens", None), coords, seen)
             taps = jax.lax.dynamic_update_slice(taps, x[None], (to, 0, 0, 0))
-            return (x, constrain(taps, None, "rows", None, None)), None
+            return (x, fit(taps, None, "rows", "tokens", None)), None
 
         (x, taps), _ = scan(layer, (x, taps), self.blocks, jnp.asarray(to), self.compute)
         return x, taps[:count]

@@ -18,7 +18,7 @@ from jaxvid.batch import VisionBatch
 from jaxvid.models.layers import Compute, GatedMLP, Linear, RMSNorm, scan, stack
 from jaxvid.ops.attention import attention
 from jaxvid.ops.rope import rope2d
-from jaxvid.sharding import constrain
+from jaxvid.sharding import fit
 
 NORM_EPS = 1e-6  # the published family has no setting for it
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -141,7 +141,7 @@ class Tower(nnx.Module):
 
         def layer(x, block, is_full):
             segment = jnp.where(is_full, jnp.minimum(window, 1), window)
-            return block(constrain(x, "rows", None, None), coords, segment), None
+            return block(fit(x, "rows", "tokens", None), coords, segment), None
 
         x, _ = scan(layer, x, self.blocks, jnp.asarray(full), self.compute)
         return self.merger(x).reshape(B, -1, self.cfg.out)

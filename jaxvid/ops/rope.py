@@ -135,14 +135,16 @@ _pallas.defvjp(_pallas_fwd, _pallas_bwd)
 
 
 def _spread(xs, positions, settings, interpret):
-    """Each device turns its own rows and heads."""
+    """Each device turns its own rows, tokens and heads."""
     names = ["heads" if x.shape[2] == xs[0].shape[2] else "kv_heads" for x in xs]
     sizes = {name: x.shape[2] for name, x in zip(names, xs)}
-    on = sharding.splits({"rows": xs[0].shape[0], **sizes})
-    arrays = tuple(("rows", None, name, None) for name in names)
+    on = sharding.splits({"rows": xs[0].shape[0], "tokens": xs[0].shape[1], **sizes})
+    if xs[0].shape[1] // sharding.ways(on["tokens"]) % BLOCK_T:
+        on["tokens"] = ()
+    arrays = tuple(("rows", "tokens", name, None) for name in names)
     return sharding.spread(
         lambda at, *xs: _pallas(xs, at, settings, interpret),
-        (("rows", None, None), *arrays),
+        (("rows", None, "tokens"), *arrays),
         arrays,
         on,
     )(positions, *xs)

@@ -111,14 +111,14 @@ def installed() -> bool:
 
 
 def mesh(topology: str, *, devices: int = 0, tensor: int = 1) -> Mesh:
-    """The mesh (replica 1, fsdp, tensor) of a topology such as "v5p:4x4x4", or of its first
-    `devices` chips.
+    """The mesh (replica 1, fsdp, tensor, context 1) of a topology such as "v5p:4x4x4", or of its
+    first `devices` chips.
 
     Raises ImportError without libtpu.
     """
     chips = _devices(topology, 1)
     chips = np.array(chips[: devices or len(chips)])
-    return Mesh(chips.reshape(1, -1, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(chips.reshape(1, -1, tensor, 1), AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 def sizes(topology: Topology, asked: Mapping[str, int]) -> dict[str, int]:

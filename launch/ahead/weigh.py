@@ -170,7 +170,7 @@ def knobs(run: config.Run, weight: Weight, topology: chips.Topology) -> list[str
             out.append("--compute.remat full: keeps nothing of a layer but its input")
         if run.compute.ffn_parts == 1:
             out.append("--compute.ffn-parts 4: a quarter of an MLP in memory at a time")
-        if budget.rows > ways // max(run.tensor, 1):
+        if budget.rows > ways // max(run.tensor * run.context, 1):
             out.append(
                 f"--data.budget.rows {budget.rows // 2}: smaller micro-batches, more of them"
             )
@@ -180,6 +180,8 @@ def knobs(run: config.Run, weight: Weight, topology: chips.Topology) -> list[str
         out.append("--sidecar FOLDER (`jaxvid score`): the reference is scored once, and not held")
     if run.tensor == 1 and still < 0.5 * weight.limit:
         out.append("--tensor 2: activations of heads and ffn over two chips")
+        if weight.program == "train" and run.context == 1:
+            out.append("--context 2: the tokens of a row over two chips")
     out.append(
         f"--data.budget.tokens below {budget.tokens}: shorter rows (fewer or smaller frames)"
     )
