@@ -93,14 +93,17 @@ def measured(case: Case) -> dict[str, Any]:
     with jax.set_mesh(measure.one_device()):
         run = rollouts if case.kind == "rollout" else steps
         taken, losses = run(case, cfg, grown)
-    told = watch.memory()
+    told, device = watch.memory(), jax.devices()[0]
+    cuda = (
+        "" if device.platform == "cpu" else f", {' '.join(device.client.platform_version.split())}"
+    )
     return {
         "first": taken[0],
         "seconds": taken[1:],
         "losses": losses,
         "peak_gib": told["perf/memory_peak_gib"] if told else None,
-        "on": jax.devices()[0].device_kind,
-        "versions": f"jax {jax.__version__}, flax {flax.__version__}",
+        "on": device.device_kind,
+        "versions": f"jax {jax.__version__}{cuda}, flax {flax.__version__}",
     }
 
 

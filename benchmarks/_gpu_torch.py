@@ -48,6 +48,8 @@ def parts(case: Case, cfg: qwen25vl.Config, grown: list[layout.Tree]) -> list[Pa
         inputs = peer.media(ids, [t.clips[0] for t, _ in some], case.sizes.job.grid, cfg)
         inputs |= {"input_ids": ids, "position_ids": torch.tensor(places, dtype=torch.int64)}
         inputs["position_ids"] = inputs["position_ids"].to(on)
+        seen = inputs["pixel_values_videos"].to(getattr(torch, case.of.dtype))
+        inputs["pixel_values_videos"] = seen
         of = lambda values, kind: torch.tensor(np.stack(values), dtype=kind, device=on)
         replies = of([b.tokens for _, b in some], torch.int64)
         old = of([b.old for _, b in some], torch.float32)

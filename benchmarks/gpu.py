@@ -4,7 +4,7 @@
     python -m benchmarks.gpu                           all rows, half an hour or so
     python -m benchmarks.gpu --stop 560                the same in pieces: the next call goes on
     python -m benchmarks.gpu --only '3b/*' '7b/dna'    some rows
-    python -m benchmarks.gpu --only 'tiny*'            on CPU: whether it runs
+    python -m benchmarks.gpu --only 'tiny*'            whether it runs, on a card or on CPU
 
 torch's side is `transformers`' Qwen2_5_VLForConditionalGeneration. Each side of a row is a process
 of its own, so that its peak memory is its own. Results are lines of JSON appended to --out; what is
@@ -48,6 +48,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import signal
 import statistics
 import subprocess
 import sys
@@ -57,14 +58,15 @@ from typing import Any
 from benchmarks import work
 from benchmarks.work import Case
 
+FLASH = "torch-flash"
 SIDES = {  # what it runs, and the rows it has
     "jaxvid": ("_gpu_jaxvid", work.KINDS),
     "jaxvid-cudnn": ("_gpu_jaxvid", ("sft", "dpo", "dna")),
     "torch": ("_gpu_torch", work.KINDS),
-    "torch-flash": ("_gpu_torch", ("sft", "dpo", "dna")),
+    FLASH: ("_gpu_torch", ("sft", "dpo", "dna")),
     "torch-static": ("_gpu_torch", ("rollout",)),
 }
-HALF = ("jaxvid-cudnn", "torch-flash")  # whose attention takes no float32
+HALF = ("jaxvid-cudnn", FLASH)  # whose attention wants a card, and no float32
 ROWS = tuple(f"{m}/{k}" for m in work.MODELS for k in work.KINDS)
 QUERY = "name,driver_version,memory.total,mig.mode.current"
 MEMORY = ("out of memory", "resource_exhausted", "outofmemory")  # how both say it
@@ -119,35 +121,54 @@ def run(case: Case, on: Card, limit: float) -> dict[str, Any]:
     """What the side's process tells, or {"failed": why}."""
     module, _ = SIDES[case.side]
     text = json.dumps(dataclasses.asdict(case))
-    command = [sys.executable, "-m", f"benchmarks.{module}", text]
-    where = environment(case.side, on)
+    child = subprocess.Popen(
+        [sys.executable, "-m", f"benchmarks.{module}", text],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(case.side, on),
+        process_group=0,
+    )
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=where)
+        said, errors = child.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         return {"failed": f"over {limit:.0f} s"}
-    if not done.returncode:
-        return json.loads(done.stdout.strip().splitlines()[-1])
-    print(done.stderr[-4000:], file=sys.stderr)
-    if any(word in done.stderr.lower() for word in MEMORY):
+    finally:
+        if child.poll() is None:  # with its compilers, which hold its pipes open
+            os.killpg(child.pid, signal.SIGKILL)
+            child.communicate()
+    if not child.returncode:
+        return json.loads(said.strip().splitlines()[-1])
+    print(errors[-4000:], file=sys.stderr)
+    if any(word in errors.lower() for word in MEMORY):
         return {"failed": "out of memory"}
-    last = (done.stderr.strip().splitlines() or [""])[-1]
-    return {"failed": f"exit {done.returncode}: {last[:200]}"}
+    last = (errors.strip().splitlines() or [""])[-1]
+    return {"failed": f"exit {child.returncode}: {last[:200]}"}
 
 
-def cases(only: list[str], sides: list[str], repeats: int, micro: int) -> list[Case]:
-    """Raises ValueError for a pattern that fits no row."""
+def cases(args: argparse.Namespace, on: Card) -> list[Case]:
+    """What is asked for and can be run. Raises ValueError for a pattern that fits no row and for an
+    odd --micro, RuntimeError for a row that needs a card where there is none."""
+    only = args.only
+    if args.micro < 1 or args.micro % 2:
+        raise ValueError(f"--micro {args.micro}: a chosen and a rejected reply stand together")
     if bad := [p for p in only if not fnmatch.filter(ROWS, p)]:
         raise ValueError(f"--only {' '.join(bad)} fits no row; there are {', '.join(ROWS)}")
     out = []
     for row in ROWS:
         model, kind = row.split("/")
         if any(fnmatch.fnmatch(row, p) for p in only):
+            half = on != Card() and work.MODELS[model].dtype != "float32"
             out += [
-                Case(model=model, kind=kind, side=side, repeats=repeats, micro=micro)
-                for side in sides
-                if kind in SIDES[side][1]
-                and (side not in HALF or work.MODELS[model].dtype != "float32")
+                Case(model=model, kind=kind, side=side, repeats=args.repeats, micro=args.micro)
+                for side in args.sides
+                if kind in SIDES[side][1] and (half or side not in HALF)
             ]
+    if on == Card() and any(c.of.base for c in out):
+        raise RuntimeError("no NVIDIA card here (no nvidia-smi); on a CPU there is --only 'tiny*'")
+    if importlib.util.find_spec("flash_attn") is None and any(c.side == FLASH for c in out):
+        print(f"{FLASH} is left out: there is no flash_attn to import")
+        out = [c for c in out if c.side != FLASH]
     return out
 
 
@@ -219,16 +240,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/gpu.jsonl"))
     args = parser.parse_args(argv)
     start, on = time.monotonic(), card()
-    wanted = cases(args.only, args.sides, args.repeats, args.micro)
-    if args.micro < 1 or args.micro % 2:
-        raise ValueError(f"--micro {args.micro}: a chosen and a rejected reply stand together")
-    if on == Card() and any(c.of.base for c in wanted):
-        raise RuntimeError("no NVIDIA card here (no nvidia-smi); on a CPU there is --only 'tiny*'")
+    wanted = cases(args, on)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    flash = importlib.util.find_spec("flash_attn") is not None
-    if not flash and any(c.side == "torch-flash" for c in wanted):
-        print("torch-flash is left out: there is no flash_attn to import")
-        wanted = [c for c in wanted if c.side != "torch-flash"]
     found, left = told(args.out, on), 0
     for case in wanted:
         done = found.get(case)

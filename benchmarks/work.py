@@ -41,6 +41,8 @@ MODELS = {
     "7b": Model("Qwen/Qwen2.5-VL-7B-Instruct", 16, "bfloat16"),
     "tiny": Model("", 0, "float32"),
     "tiny-lora": Model("", 4, "float32"),
+    "tiny-half": Model("", 0, "bfloat16"),
+    "tiny-half-lora": Model("", 4, "bfloat16"),
 }
 LARGE = Sizes(Job((8, 32, 32), 64, 8, 256), 4, 2)  # 16 frames of 448 x 448: 2,048 tokens of video
 TINY = Sizes(Job((2, 8, 8), 8, 4, 3), 2, 2)

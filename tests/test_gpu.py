@@ -90,6 +90,26 @@ def test_weights_are_the_same_numbers(model, tmp_path):
         np.testing.assert_array_equal(mine[1].T, a.detach().numpy())
 
 
+@pytest.mark.parametrize("model,count", [("3b", 3_754_622_976), ("7b", 8_292_166_656)])
+def test_published_models_have_the_same_weights(model, count, monkeypatch):
+    """By name and size, before a card is paid for."""
+    torch = pytest.importorskip("torch", reason=NO_TORCH)
+    from benchmarks import peer
+
+    monkeypatch.setattr(peer, "device", lambda: torch.device("meta"))
+    cfg = work.config(case(model))
+    family, mine = hf.family_of(cfg), {}
+    where = family.places(cfg)
+    for path, shape in hf.shapes(cfg).items():
+        stacked = "{}" in where[path].name
+        for i in range(shape[0] if stacked else 1):
+            name = where[path].name.format(i)
+            mine[name] = mine.get(name, 0) + np.prod(shape[1:] if stacked else shape)
+    made = peer.build(cfg, "bfloat16")
+    theirs = {family.hub_name(name): p.numel() for name, p in made.named_parameters()}
+    assert mine == theirs and sum(mine.values()) == count
+
+
 def test_a_row_in_processes_of_its_own(tmp_path, capsys):
     """As it runs on a card, but for the card."""
     pytest.importorskip("torch", reason=NO_TORCH)
