@@ -1,7 +1,7 @@
 """SFT, DPO and DNA steps and rollouts of 3B and 7B on one NVIDIA GPU, ours beside torch's.
 
     pip install -e '.[oracle]' 'jax[cuda13]'           with a torch built for CUDA
-    python -m benchmarks.gpu                           all rows, half an hour or so
+    python -m benchmarks.gpu                           all rows: 24 processes, 30 with flash_attn
     python -m benchmarks.gpu --stop 560                the same in pieces: the next call goes on
     python -m benchmarks.gpu --only '3b/*' '7b/dna'    some rows
     python -m benchmarks.gpu --only 'tiny*'            whether it runs, on a card or on CPU
@@ -216,7 +216,8 @@ def line(case: Case, result: dict[str, Any], speed: float | None, on: Card) -> s
 def table(found: dict[Case, dict[str, Any]], on: Card) -> str:
     """Of all that was measured, under what it was measured on."""
     known = f"{on.peak / 1e12:.0f} TFLOP/s dense bfloat16" if on.peak else "peak not known, no MFU"
-    lines = [", ".join(filter(None, [on.name, on.memory, f"driver {on.driver}", known]))]
+    driver = on.driver and f"driver {on.driver}"
+    lines = [", ".join(filter(None, [on.name, on.memory, driver, known]))]
     lines += sorted({t["versions"] for t in found.values() if "versions" in t})
     lines += ["", f"| {HEAD} |", "|" + "---|" * (HEAD.count("|") + 1)]
     for case, result in found.items():
