@@ -66,6 +66,24 @@ def seconds(
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
+def laps(
+    run: Callable[[], Any],
+    repeats: int,
+    *,
+    warm: int = 1,
+    wait: Callable[[Any], Any] = jax.block_until_ready,
+) -> tuple[list[float], list[Any]]:
+    """(seconds, result) of every run, those to warm up at the head; `wait` makes a result final."""
+    taken, results = [], []
+    for _ in range(warm + repeats):
+        start = time.perf_counter()
+        result = run()
+        wait(result)
+        taken.append(time.perf_counter() - start)
+        results.append(result)
+    return taken, results
+
+
 def one_device() -> jax.sharding.Mesh:
     """The mesh of the first device alone."""
     kinds = (jax.sharding.AxisType.Auto,) * len(sharding.AXES)

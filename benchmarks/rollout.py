@@ -18,20 +18,17 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-import torch
-import transformers
 from flax import nnx
 
 from benchmarks import measure
 from benchmarks.measure import MIB, Row
 from jaxvid.data import layout
 from jaxvid.models import decoder, hf, qwen25vl, vision
-from jaxvid.models.layers import Compute
+from jaxvid.models.layers import DTYPES, Compute
 from jaxvid.rollout import groups, sampler
 from jaxvid.rollout.sampler import Sampling
 
 VIDEO = 5  # id that stands for a token of video
-TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Job(NamedTuple):
@@ -82,11 +79,12 @@ def made(text: decoder.Config, tower: vision.Config, dtype: str) -> qwen25vl.Con
     )
 
 
-def prompt(job: Job, cfg: qwen25vl.Config) -> layout.Tree:
+def prompt(job: Job, cfg: qwen25vl.Config, seed: int = 0) -> layout.Tree:
     """A random clip between the marks of a video, then text."""
-    rng, (t, h, w) = np.random.default_rng(0), job.grid
-    words = rng.integers(6, 64, job.text - 2)
-    ids = np.concatenate([words[:1], [2], [VIDEO] * (t * h * w // 4), [3], words[1:]])
+    rng, (t, h, w) = np.random.default_rng(seed), job.grid
+    words, pads = rng.integers(6, 64, job.text - 2), [cfg.video_token_id] * (t * h * w // 4)
+    marks = [cfg.vision_start_token_id], pads, [cfg.vision_end_token_id]
+    ids = np.concatenate([words[:1], *marks, words[1:]])
     patches = rng.integers(0, 256, (t, h * w, cfg.vision.patch_values)).astype(np.uint8)
     return layout.tree(
         "benchmark",
@@ -94,18 +92,17 @@ def prompt(job: Job, cfg: qwen25vl.Config) -> layout.Tree:
         qwen25vl.positions(ids, [job.grid], [1.0], cfg),
         cfg.prompting.vision,
         clips=[layout.Clip(patches, job.grid)],
-        seen=layout.in_order(ids == VIDEO),
+        seen=layout.in_order(ids == cfg.video_token_id),
     )
 
 
 # ---- ours
 
 
-def ours(job: Job, cfg: qwen25vl.Config, tree: layout.Tree):
-    """(run, bytes of the caches)."""
-    loaded = hf.initialise(cfg, 0)
-    kept = jax.tree.map(lambda x: x.astype(cfg.compute.dtype), loaded.params)
-    model, how = nnx.merge(loaded.graph, kept), Sampling(max_tokens=job.reply)
+def ours(job: Job, model: nnx.Module, tree: layout.Tree):
+    """(run, bytes of the caches). The model's weights are in the type it computes in."""
+    graph, kept = nnx.split(model)
+    how = Sampling(max_tokens=job.reply)
     budget = layout.Budget(
         rows=1,
         tokens=len(tree.prompt),
@@ -115,7 +112,7 @@ def ours(job: Job, cfg: qwen25vl.Config, tree: layout.Tree):
         patches=job.grid[1] * job.grid[2],
     )
     inputs, keys = layout.prompts([tree], budget), jax.random.split(jax.random.key(0), 1)
-    never = (cfg.text.vocab,)  # an id that is no word
+    never = (model.cfg.text.vocab,)  # an id that is no word
 
     def run():
         out = sampler.generate(
@@ -124,7 +121,7 @@ def ours(job: Job, cfg: qwen25vl.Config, tree: layout.Tree):
         assert int(out.length.min()) == job.reply
         return out.tokens
 
-    setup = groups.Setup(loaded.graph, job.group, how, never, ())
+    setup = groups.Setup(graph, job.group, how, never, ())
     fill = lambda p, k: groups.begin(setup, 0, p, inputs, k)
     slots = jax.eval_shape(fill, kept, keys)
     return run, sum(
@@ -132,52 +129,20 @@ def ours(job: Job, cfg: qwen25vl.Config, tree: layout.Tree):
     )
 
 
-# ---- theirs
-
-
-def theirs(job: Job, cfg: qwen25vl.Config, tree: layout.Tree):
-    """(run with a kind of cache, bytes of each kind's cache once it has run)."""
-    config = transformers.Qwen2_5_VLConfig(**cfg.to_hf())
-    config.text_config.tie_word_embeddings = config.tie_word_embeddings = True
-    dtype = TORCH[cfg.compute.dtype]
-    model = transformers.Qwen2_5_VLForConditionalGeneration(config).eval().to(dtype)
-    model.generation_config = transformers.GenerationConfig(pad_token_id=0)
-    ids = torch.tensor(tree.prompt[None], dtype=torch.int64)
-    pixels = tree.clips[0].patches.reshape(-1, cfg.vision.patch_values).astype(np.float32) / 255
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": torch.where(ids == VIDEO, 2, 0),
-        "pixel_values_videos": torch.tensor(pixels).to(dtype),
-        "video_grid_thw": torch.tensor([job.grid]),
-        "second_per_grid_ts": torch.tensor([1.0]),
-    }
-
-    @torch.no_grad()
-    def run(cache: str, group: int = job.group, reply: int = job.reply) -> None:
-        out = model.generate(
-            **inputs,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            num_return_sequences=group,
-            min_new_tokens=reply,
-            max_new_tokens=reply,
-            cache_implementation=cache,
-            return_dict_in_generate=True,
-        )
-        assert out.sequences.shape == (group, len(tree.prompt) + reply)
-        kept = [x for layer in out.past_key_values.layers for x in (layer.keys, layer.values)]
-        held[cache] = sum(x.numel() * x.element_size() for x in kept)
-
-    held: dict[str, int] = {}
-    return run, held
+def whole(cfg: qwen25vl.Config) -> nnx.Module:
+    """Random weights, in the type that the model computes in."""
+    loaded = hf.initialise(cfg, 0)
+    return nnx.merge(
+        loaded.graph, jax.tree.map(lambda x: x.astype(cfg.compute.dtype), loaded.params)
+    )
 
 
 def compare(job: Job, cfg: qwen25vl.Config, repeats: int) -> list[Row]:
+    from benchmarks import peer  # the other functions of this file need no torch
+
     tree = prompt(job, cfg)
-    (mine, bytes_mine), (their, held) = ours(job, cfg, tree), theirs(job, cfg, tree)
+    mine, bytes_mine = ours(job, whole(cfg), tree)
+    their, held = peer.sampled(job, peer.build(cfg, cfg.compute.dtype), cfg, tree)
     kinds = ("dynamic", "static")
     runs = {"ours": mine} | {kind: functools.partial(their, kind) for kind in kinds}
     mine()
@@ -206,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="a model and a clip for tests")
     parser.add_argument("--group", type=int, default=8, help="G")
     parser.add_argument("--reply", type=int, default=64, help="R")
-    parser.add_argument("--dtype", choices=tuple(TORCH), default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", default="", help="file to write the table to")
     args = parser.parse_args(argv)
