@@ -1,0 +1,160 @@
+"""Runs whose work folder is gs://, against a bucket on this machine: Orbax, TensorStore, gcsfs and
+Google's own client as they are, in one and in several processes."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import fake_gcs
+import pairs
+import pytest
+from test_checkpoint_processes import together
+from test_hosts import record
+
+from jaxvid.models import hf
+from jaxvid.train import metrics
+
+pytest.importorskip("gcsfs")
+TESTS = pathlib.Path(__file__).parent
+URL = f"gs://{fake_gcs.NAME}/run"
+RECIPE = """
+import crew
+
+def get_config(runlocal=False):
+    return crew.run_of("eval" if runlocal else "sft", {folder!r})
+"""
+CHECK = """
+import sys
+from jaxvid.train import checkpoint
+try:
+    checkpoint.check_bucket(sys.argv[1])
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    with fake_gcs.Server() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)  # of the processes that the test starts
+        yield server
+
+
+def paths() -> str:
+    return os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+
+
+def steps(bucket) -> set[str]:
+    return {name.split("/")[1] for name in bucket.names("run/")}
+
+
+def test_two_processes_write_to_a_bucket_and_go_on(bucket, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    together(2, URL, "save")
+    assert steps(bucket) == {"1", "2"}
+    for step in (1, 2):
+        names = bucket.names(f"run/{step}/")
+        assert f"run/{step}/commit_success.txt" in names
+        for process in (0, 1):
+            assert any(f"/ocdbt.process_{process}/" in name for name in names)
+    for said in together(2, URL, "half"):  # what only one of them misses, both pass over
+        assert "went on from step 1, {'taken': 1}, passed [2]" in said
+    assert steps(bucket) == {"1", "2", "2.damaged"}
+    [said] = together(1, URL, "restore")
+    assert "went on from step 2, {'taken': 1}, passed []" in said
+    assert steps(bucket) == {"2", "2.damaged", "3"}  # of 1 nothing is left
+    assert not list(tmp_path.iterdir())
+
+
+def check(url: str) -> str:
+    command = [sys.executable, "-c", CHECK, url]
+    env = os.environ | {"PYTHONPATH": paths()}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_bucket_is_tried_before_anything_else(bucket):
+    assert check(URL) == "" and not bucket.names()
+    bucket.refuse = lambda method, path: path.startswith("/storage/v1/b/bucket?")
+    assert "storage.buckets.get" in check(URL)
+    bucket.refuse = lambda method, path: method == "DELETE"
+    assert f"checkpoints cannot be written to {URL}" in check(URL)
+    bucket.refuse = lambda method, path: False
+    assert "checkpoints cannot be written to gs://other/run" in check("gs://other/run")
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    pairs.write(tmp_path, [record(i) for i in range(6)], split="train")
+    cfg = pairs.config(tmp_path)
+    params = hf.initialise(cfg, 0).params
+    hf.save(tmp_path / "ready", cfg, params, like=tmp_path / "model", dtype="float32")
+    path = tmp_path / "recipe.py"
+    path.write_text(RECIPE.format(folder=str(tmp_path)))
+    (tmp_path / "tmp").mkdir()
+    return path
+
+
+def crew(recipe: pathlib.Path, verb: str, workdir: str, *flags: str) -> list[tuple[int, str]]:
+    """How two processes of the command line end, and what they say."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    env = os.environ | {"PYTHONPATH": paths(), "TMPDIR": str(recipe.parent / "tmp")}
+    env |= {"JAX_NUM_CPU_DEVICES": "4", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    config = f"{recipe}:runlocal" if verb == "eval" else str(recipe)
+    command = [sys.executable, "-m", "jaxvid.main", verb, config, "--workdir", workdir, *flags]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": env}
+    running = [
+        subprocess.Popen([*command, "--distributed", f"localhost:{port},{i},2"], **pipe)
+        for i in (0, 1)
+    ]
+    said = [p.communicate(timeout=300)[0] for p in running]
+    return [(p.returncode, text) for p, text in zip(running, said)]
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_in_a_bucket(bucket, recipe):
+    """As in a folder that both share; and what cannot be copied at the end ends only the process
+    that copies it, from which the same command goes on."""
+    short = ["--steps", "2", "--checkpoint-every", "1", "--profile", "1", "1"]
+    bucket.refuse = lambda method, path: method == "POST" and "run/model/" in path
+    (first, said), (second, also) = crew(recipe, "train", URL, *short)
+    assert first == 1 and "not everything was copied to gs://bucket/run" in said, said[-3000:]
+    assert second == 0, also[-3000:]
+    [left] = (recipe.parent / "tmp").glob("jaxvid-*")
+    assert (left / "model" / "model.safetensors").is_file()
+    assert not bucket.names("run/model")
+    bucket.refuse = lambda method, path: False
+    long = ["--steps", "3", "--checkpoint-every", "1"]
+    local = recipe.parent / "local"
+    for where in (URL, str(local)):
+        for code, said in crew(recipe, "train", where, *long):
+            assert code == 0, said[-3000:]
+    found = [json.loads(x) for x in bucket.read("run/metrics.jsonl").decode().splitlines()]
+    for a, b in zip(found, metrics.read(local), strict=True):
+        assert (a["step"], a["loss"], a["grad_norm"]) == (b["step"], b["loss"], b["grad_norm"])
+    for path in (local / "model").iterdir():
+        assert bucket.read(f"run/model/{path.name}") == path.read_bytes(), path.name
+    folders = {name.split("/")[1] for name in bucket.names("run/")}
+    kept = {"checkpoints", "model", "profile", "tensorboard", "config.json", "metrics.jsonl"}
+    assert folders == kept
+    written = {name.split("/")[2] for name in bucket.names("run/checkpoints/")}
+    assert {"2", "3"} <= written and "1" not in written
+    assert list((recipe.parent / "tmp").glob("jaxvid-*")) == [left]
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_two_processes_in_a_bucket(bucket, recipe):
+    for code, said in crew(recipe, "eval", URL):
+        assert code == 0, said[-3000:]
+    assert bucket.names() == [
+        "run/config.json",
+        "run/none/predictions.jsonl",
+        "run/none/results.json",
+    ]
