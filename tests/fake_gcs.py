@@ -4,6 +4,7 @@ Google's own client ask for. Clients find it by the variables of `environment`."
 import http.server
 import json
 import re
+import sys
 import threading
 import urllib.parse
 from collections.abc import Callable
@@ -43,6 +44,11 @@ class Server(http.server.ThreadingHTTPServer):
     def __exit__(self, *error) -> None:
         self.shutdown()
         self.server_close()
+
+    def handle_error(self, request, address) -> None:
+        """gcsfs asks for a file and a folder at once, and hangs up on the slower one."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, address)
 
     @property
     def environment(self) -> dict[str, str]:

@@ -1,6 +1,8 @@
 """Runs whose work folder is gs://, against a bucket on this machine: Orbax, TensorStore, gcsfs and
 Google's own client as they are, in one and in several processes."""
 
+import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -9,15 +11,20 @@ import subprocess
 import sys
 
 import fake_gcs
+import jax
+import numpy as np
 import pairs
 import pytest
 from test_checkpoint_processes import together
 from test_hosts import record
+from toy import SETTINGS, Stream, assert_same, train
 
+from jaxvid import files
 from jaxvid.models import hf
-from jaxvid.train import metrics
+from jaxvid.train import checkpoint, metrics
 
-pytest.importorskip("gcsfs")
+if importlib.util.find_spec("gcsfs") is None:  # it reads its environment where it is imported
+    pytest.skip("no gcsfs", allow_module_level=True)
 TESTS = pathlib.Path(__file__).parent
 URL = f"gs://{fake_gcs.NAME}/run"
 RECIPE = """
@@ -26,22 +33,22 @@ import crew
 def get_config(runlocal=False):
     return crew.run_of("eval" if runlocal else "sft", {folder!r})
 """
-CHECK = """
-import sys
-from jaxvid.train import checkpoint
-try:
-    checkpoint.check_bucket(sys.argv[1])
-except ValueError as error:
-    print(error)
-"""
+
+
+@pytest.fixture(scope="module")
+def server():
+    """One for all tests: TensorStore looks once where it is."""
+    with fake_gcs.Server() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)  # also of the processes that a test starts
+        yield server
 
 
 @pytest.fixture
-def bucket(monkeypatch):
-    with fake_gcs.Server() as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)  # of the processes that the test starts
-        yield server
+def bucket(server):
+    server.objects.clear()
+    server.refuse = lambda method, path: False
+    return server
 
 
 def paths() -> str:
@@ -52,6 +59,7 @@ def steps(bucket) -> set[str]:
     return {name.split("/")[1] for name in bucket.names("run/")}
 
 
+@pytest.mark.slow
 def test_two_processes_write_to_a_bucket_and_go_on(bucket, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     together(2, URL, "save")
@@ -70,22 +78,59 @@ def test_two_processes_write_to_a_bucket_and_go_on(bucket, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def check(url: str) -> str:
-    command = [sys.executable, "-c", CHECK, url]
-    env = os.environ | {"PYTHONPATH": paths()}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_a_bucket_is_tried_before_anything_else(bucket):
-    assert check(URL) == "" and not bucket.names()
+    checkpoint.check_bucket(URL)
+    with files.at(URL):
+        assert not bucket.names()
     bucket.refuse = lambda method, path: path.startswith("/storage/v1/b/bucket?")
-    assert "storage.buckets.get" in check(URL)
-    bucket.refuse = lambda method, path: method == "DELETE"
-    assert f"checkpoints cannot be written to {URL}" in check(URL)
-    bucket.refuse = lambda method, path: False
-    assert "checkpoints cannot be written to gs://other/run" in check("gs://other/run")
+    with pytest.raises(ValueError, match="(?s)cannot be written to gs://bucket/run: .*buckets.get"):
+        checkpoint.check_bucket(URL)
+    for refused in ("POST", "DELETE"):
+        bucket.refuse = lambda method, path, refused=refused: method == refused
+        with pytest.raises(ValueError, match="cannot be written to gs://bucket/run: .*not yours"):
+            checkpoint.check_bucket(URL)
+        with pytest.raises(ValueError, match="(?s)gs://bucket/run: .*not yours.*credentials"):
+            files.at(URL).__enter__()
+    with pytest.raises(ValueError, match="cannot be written to gs://other/run"):
+        checkpoint.check_bucket("gs://other/run")
+
+
+def test_a_run_in_a_bucket_goes_on_bit_for_bit(bucket, tmp_path):
+    """Stopped after four updates, and gone on with by a machine that has nothing."""
+    straight = train(tmp_path / "here", Stream())
+    there = files.checkpoints(URL)
+    for steps in (4, 6):
+        with files.at(URL) as folder:
+            settings = dataclasses.replace(SETTINGS, steps=steps)
+            result = train(folder, Stream(), settings, checkpoints=there)
+            assert not (folder / "checkpoints").exists()
+    assert_same(*(jax.tree.map(np.array, x.state) for x in (straight, result)))
+    found = [json.loads(x) for x in bucket.read("run/metrics.jsonl").decode().splitlines()]
+    assert [x["loss"] for x in found] == [x["loss"] for x in metrics.read(tmp_path / "here")]
+    written = {name.split("/")[2] for name in bucket.names("run/checkpoints/")}
+    assert written == {"4", "6"}
+    assert all(bucket.names(f"run/checkpoints/{n}/commit_success.txt") for n in written)
+
+
+def test_half_a_checkpoint_in_a_bucket_does_not_count(bucket):
+    there = files.checkpoints(URL)
+    with files.at(URL) as folder:
+        train(folder, Stream(), dataclasses.replace(SETTINGS, steps=4), checkpoints=there)
+    del bucket.objects["run/checkpoints/4/commit_success.txt"]
+    for tidy in (False, True):
+        assert bucket.names("run/checkpoints/4/")
+        saver = checkpoint.Checkpoints(there, tidy=tidy)
+        assert saver.latest() == 2
+        saver.close()
+    assert not bucket.names("run/checkpoints/4/")
+
+
+def test_what_is_not_jaxvid_s_is_left_alone(bucket):
+    """Orbax would remove it, since it does not say that it is a whole checkpoint."""
+    bucket.put("run/checkpoints/epoch-3/model.bin", b"years of work")
+    with pytest.raises(ValueError, match="checkpoints holds what is not jaxvid's: epoch-3"):
+        checkpoint.Checkpoints(files.checkpoints(URL))
+    assert bucket.names() == ["run/checkpoints/epoch-3/model.bin"]
 
 
 @pytest.fixture
