@@ -19,7 +19,7 @@ from test_checkpoint_processes import together
 from test_hosts import record
 from toy import SETTINGS, Stream, assert_same, train
 
-from jaxvid import files
+from jaxvid import files, main
 from jaxvid.models import hf
 from jaxvid.train import checkpoint, metrics
 
@@ -167,7 +167,8 @@ def crew(recipe: pathlib.Path, verb: str, workdir: str, *flags: str) -> list[tup
 def test_a_run_of_two_processes_in_a_bucket(bucket, recipe):
     """As in a folder that both share; and what cannot be copied at the end ends only the process
     that copies it, from which the same command goes on."""
-    short = ["--steps", "2", "--checkpoint-every", "1", "--profile", "1", "1"]
+    each = ["--checkpoint-every", "1", "--optimizer.schedule", "constant"]
+    short = ["--steps", "2", "--profile", "1", "1", *each]
     bucket.refuse = lambda method, path: method == "POST" and "run/model/" in path
     (first, said), (second, also) = crew(recipe, "train", URL, *short)
     assert first == 1 and "not everything was copied to gs://bucket/run" in said, said[-3000:]
@@ -176,7 +177,7 @@ def test_a_run_of_two_processes_in_a_bucket(bucket, recipe):
     assert (left / "model" / "model.safetensors").is_file()
     assert not bucket.names("run/model")
     bucket.refuse = lambda method, path: False
-    long = ["--steps", "3", "--checkpoint-every", "1"]
+    long = ["--steps", "3", *each]
     local = recipe.parent / "local"
     for where in (URL, str(local)):
         for code, said in crew(recipe, "train", where, *long):
@@ -192,6 +193,9 @@ def test_a_run_of_two_processes_in_a_bucket(bucket, recipe):
     written = {name.split("/")[2] for name in bucket.names("run/checkpoints/")}
     assert {"2", "3"} <= written and "1" not in written
     assert list((recipe.parent / "tmp").glob("jaxvid-*")) == [left]
+    assert main.main(["export", URL, str(recipe.parent / "out")]) == 0
+    weights = (recipe.parent / "out" / "model.safetensors").read_bytes()
+    assert weights == bucket.read("run/model/model.safetensors")
 
 
 @pytest.mark.slow
