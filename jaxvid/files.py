@@ -212,8 +212,11 @@ class Mirror:
             for step in {_step(name) for name in there} - steps - {None}:
                 self._remove(step, there)
             for name in sorted(here, key=lambda name: _step(name) is not None):  # checkpoints last
-                with contextlib.suppress(FileNotFoundError):  # replaced or removed meanwhile
+                try:
                     self._send(name, here[name])
+                except FileNotFoundError:
+                    if here[name].exists():
+                        raise  # the bucket is gone; else the file was removed meanwhile
             for step in steps:
                 mine = [name for name in here if _step(name) == step]
                 if all(here[name].exists() for name in mine) and f"{step}.whole" not in there:
@@ -242,7 +245,7 @@ class Mirror:
         except FileNotFoundError:
             return set()
         names = {posixpath.basename(one["name"]) for one in found if one["type"] == "file"}
-        return {name for name in names if not name.startswith(".")}
+        return {name for name in names if name and not name.startswith(".")}
 
     def _there(self, prefix: str = "") -> set[str]:
         self.fs.invalidate_cache()

@@ -133,6 +133,17 @@ def test_what_is_not_jaxvid_s_is_left_alone(bucket):
     assert bucket.names() == ["run/checkpoints/epoch-3/model.bin"]
 
 
+def test_a_folder_made_by_hand_is_taken(bucket):
+    """It is an empty object whose name ends with a slash."""
+    for name in ("run/", "run/checkpoints/"):
+        bucket.put(name, b"")
+    with files.at(URL) as folder:
+        assert not list(folder.iterdir())
+        saver = checkpoint.Checkpoints(files.checkpoints(URL))
+        assert saver.latest() is None
+        saver.close()
+
+
 @pytest.fixture
 def recipe(tmp_path):
     pairs.write(tmp_path, [record(i) for i in range(6)], split="train")

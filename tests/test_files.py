@@ -177,6 +177,17 @@ def test_what_cannot_be_copied_at_the_end_is_left_here(memory, monkeypatch, caps
     assert f"no route; what was written is left in {folder}" in capsys.readouterr().out
 
 
+def test_a_bucket_that_goes_away_is_told(memory, monkeypatch):
+    """It is said in the same way as that a file here is gone, which is no fault."""
+
+    def gone(*args):
+        raise FileNotFoundError("no such bucket")
+
+    monkeypatch.setattr(memory, "put_file", gone)
+    with pytest.raises(OSError, match="not everything was copied"), files.at(URL) as folder:
+        (folder / "a.txt").write_text("one")
+
+
 def test_a_copy_that_stands_still_is_given_up(memory, monkeypatch):
     """Others wait for this process, so it must not wait for ever."""
     monkeypatch.setattr(files._Copier, "PATIENCE", 0.05)
@@ -218,6 +229,7 @@ def test_storage_that_cannot_be_written_to_is_told_at_once(memory, monkeypatch, 
 def test_a_run_pulls_what_it_reads_of_itself(memory):
     for name in ("config.json", "metrics.jsonl", ".jaxvid-1", "checkpoints/2/a", "model/b", "x/c"):
         memory.pipe_file(f"/bucket/run/{name}", b"there")
+    assert files.read(files.inside(URL, "config.json")) == "there"
     for kept in (False, True):
         with files.at(URL, checkpoints=kept) as folder:
             assert sorted(p.name for p in folder.iterdir()) == ["config.json", "metrics.jsonl"]

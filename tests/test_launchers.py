@@ -80,6 +80,7 @@ WRONG = [
     ("slurm", ["--partition", "a b"], "--partition"),
     ("slurm", ["--nodes", "0"], "--nodes 0: at least 1"),
     ("sky", ["--workdir", "/data/run"], "a bucket, the machines come and go"),
+    ("sky", ["--workdir", "s3://bucket/run"], "several --nodes 's3://bucket/run': it must be gs"),
     ("sky", ["--accelerator", "8xH100"], "a GPU such as H100:8"),
     ("sky", ["--accelerator", "v6e-9"], "nearest are v6e-8"),
     ("sky", ["--accelerator", "v6e-8"], "a slice is one node"),
