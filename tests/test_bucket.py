@@ -93,6 +93,11 @@ def test_a_bucket_is_tried_before_anything_else(bucket):
             files.at(URL).__enter__()
     with pytest.raises(ValueError, match="cannot be written to gs://other/run"):
         checkpoint.check_bucket("gs://other/run")
+    bucket.refuse = lambda method, path: False
+    assert len(bucket.names("run/.jaxvid-")) == 2  # written, and could not be removed
+    saver = checkpoint.Checkpoints(URL)
+    assert saver.latest() is None
+    saver.close()
 
 
 def test_a_run_in_a_bucket_goes_on_bit_for_bit(bucket, tmp_path):

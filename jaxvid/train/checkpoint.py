@@ -349,7 +349,8 @@ def _folder(folder: pathlib.Path | str) -> epath.Path:
     # Else a process does not see what others, or TensorStore in this one, have written since.
     fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
     there = epath.Path(folder)
-    known = rf"\d+(\.damaged(-\d+)?)?|metadata|{re.escape(there.name)}"  # its own: a made folder
+    # Its own name is that of a folder made by hand; probes are left where they cannot be removed.
+    known = rf"\d+(\.damaged(-\d+)?)?|metadata|\.jaxvid-\w+|{re.escape(there.name)}"
     names = [one.name for one in there.iterdir()] if there.is_dir() else []
     if odd := sorted(name for name in names if not re.fullmatch(known, name)):
         # Orbax removes every folder there that does not say that it is a whole checkpoint.
