@@ -7,6 +7,8 @@ process nothing is sent and arrays are handed through.
 """
 
 import json
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -105,6 +107,13 @@ def most(*numbers: int) -> list[int]:
 def some(*flags: bool) -> list[bool]:
     """Whether each flag is set in any process."""
     return [n > 0 for n in most(*map(int, flags))]
+
+
+def until(over: Callable[[], bool], every: float = 1.0) -> None:
+    """Wait until `over()` in all processes. They ask one another every so many seconds: no single
+    wait is long, so nothing on the way takes it for a hang."""
+    while some(not over())[0]:
+        time.sleep(every)
 
 
 def place(tree: Any, where: Sharding) -> Any:

@@ -111,7 +111,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--like", type=pathlib.Path, help="folder whose weights it takes where they fit")
     p.add_argument("--seed", type=int, default=0)
     p = verb("export", _export, "a checkpoint as a model folder", "runs/sft out --which best")
-    p.add_argument("workdir", type=pathlib.Path)
+    p.add_argument("workdir", help="of the run; a local folder or gs://")
     p.add_argument("out", type=pathlib.Path)
     p.add_argument("--which", default="last", help="last, best, or a step")
     p.add_argument("--adapter", action="store_true", help="a LoRA run's adapters alone, for PEFT")
@@ -192,13 +192,19 @@ def _from_command(args: argparse.Namespace, rest: list[str], folder: str = "work
 
 def _train(args: argparse.Namespace, rest: list[str]) -> int:
     from jaxvid import config, files, hosts, runs
+    from jaxvid.train import checkpoint
 
     hosts.start(args.distributed)
     run = _from_command(args, rest)
     if not isinstance(run, config.Run):
         raise ValueError(f"{args.config} is a {type(run).__name__}; it does not train")
-    with files.at(args.workdir, processes=hosts.share()["processes"]) as workdir:
-        result = runs.train(run, workdir)
+    there = files.checkpoints(args.workdir, hosts.share()["processes"])
+    if there:
+        checkpoint.check_bucket(there)
+    with files.at(args.workdir, checkpoints=not there, until=hosts.until) as workdir:
+        result = runs.train(run, workdir, there)
+    if files.is_remote(args.workdir):
+        checkpoint.say(f"copied to {args.workdir}")
     if result.interrupted:
         print(f"stopped and saved at step {result.step}; the same command goes on from there")
         return 143  # as a process that SIGTERM ended, so that a scheduler starts it again
@@ -227,7 +233,7 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> int:
         raise ValueError(
             f"{args.config} is a {type(run).__name__}; `jaxvid eval` wants an EvalRun or a ProbeRun"
         )
-    with files.at(args.workdir, processes=hosts.share()["processes"]) as workdir:
+    with files.at(args.workdir, until=hosts.until) as workdir:
         if isinstance(run, config.ProbeRun):
             results = runs.probe(run, workdir)
         else:

@@ -19,7 +19,7 @@ import tyro
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxvid import config, hosts, perplexity, rewards, scoring, sharding
+from jaxvid import config, files, hosts, perplexity, rewards, scoring, sharding
 from jaxvid.config import AnyRun, EvalRun, ProbeRun, Run
 from jaxvid.data import chat, frames, pipeline, shards, sidecar
 from jaxvid.eval import probe as probes
@@ -93,10 +93,11 @@ def recipe(path: str) -> ModuleType:
 # A training run -----------------------------------------------------------------------------------
 
 
-def train(run: Run, workdir: pathlib.Path) -> loop.Result:
+def train(run: Run, workdir: pathlib.Path, checkpoints: str = "") -> loop.Result:
     """Run a recipe to its end, from its last checkpoint if there is one.
 
-    Writes config.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, model/.
+    Writes config.json, metrics.jsonl, tensorboard/, checkpoints/ (or to the URL `checkpoints`) and,
+    at the end, model/.
     """
     mesh = _mesh(run)
     for data in filter(None, (run.data, run.validation)):  # say at once if rows do not divide
@@ -122,6 +123,7 @@ def train(run: Run, workdir: pathlib.Path) -> loop.Result:
             evaluate=_evaluation(run, loaded, mesh, prepare),
             config=saved,
             describe=functools.partial(_record_ids, run),
+            checkpoints=checkpoints,
         )
         if not result.interrupted:
             write_model(run, loaded.cfg, result.state.weights, workdir / "model")
@@ -239,16 +241,18 @@ def _save_config(run: AnyRun, workdir: pathlib.Path) -> dict[str, Any]:
     return saved
 
 
-def export(workdir: pathlib.Path, out: pathlib.Path, which: str, *, adapter: bool) -> None:
-    """A checkpoint ("last", "best" or a step) of the run in `workdir` as a model folder, adapters
-    merged; or its adapters alone, as a folder that PEFT loads.
+def export(workdir: pathlib.Path | str, out: pathlib.Path, which: str, *, adapter: bool) -> None:
+    """A checkpoint ("last", "best" or a step) of the run in `workdir`, a folder here or at gs://,
+    as a model folder, adapters merged; or its adapters alone, as a folder that PEFT loads.
 
     Raises FileNotFoundError without such a checkpoint, ValueError for adapters of a run without.
     """
-    run = config.read(json.loads((workdir / "config.json").read_text()))
+    run = config.read(json.loads(files.read(files.inside(workdir, "config.json"))))
     if adapter and not run.lora.rank:
         raise ValueError(f"the run in {workdir} has no adapters (lora.rank 0); leave --adapter out")
-    saver = checkpoint.Checkpoints(workdir / "checkpoints", best=run.best, mode=run.best_mode)
+    saver = checkpoint.Checkpoints(
+        files.inside(workdir, "checkpoints"), best=run.best, mode=run.best_mode, tidy=False
+    )
     named = {"last": saver.latest, "best": saver.best_step}
     at = named[which]() if which in named else int(which)
     if at is None:

@@ -24,6 +24,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 ROOMS = ("jaxvid", "configs", "data_gen", "launch")
 LEFT_OUT = {"__pycache__", ".DS_Store"}
 BACKENDS = ("tpu", "cuda13", "cpu")  # extras of jax
+STORAGE = {"gs://": "gcs", "s3://": "s3"}  # extras of jaxvid, which read and write there
 
 
 class Bundle(NamedTuple):
@@ -57,8 +58,9 @@ def place(config: str) -> tuple[str, pathlib.Path | None]:
     return f"../recipes/{here.name}{behind}", here
 
 
-def pins(backend: str) -> str:
-    """requirements.txt: every dependency of the project in the version that runs here.
+def pins(backend: str, text: str = "") -> str:
+    """requirements.txt: every dependency of the project in the version that runs here, and what
+    reads and writes the buckets named in `text`, in any version that fits if it is not here.
 
     Raises ValueError for an unknown backend.
     """
@@ -69,23 +71,37 @@ def pins(backend: str) -> str:
         name = re.match(r"[A-Za-z0-9._-]+", wanted)[0]
         extra = f"[{backend}]" if name == "jax" and backend != "cpu" else ""
         lines.append(f"{name}{extra}=={importlib.metadata.version(name)}")
+    for scheme, extra in STORAGE.items():
+        lines += map(_storage, _dependencies(extra) if scheme in text else ())
     return "".join(f"{line}\n" for line in lines)
 
 
-def _dependencies() -> list[str]:
-    """From pyproject.toml in a checkout, else from what is installed."""
+def _storage(wanted: str) -> str:
+    name = re.match(r"[A-Za-z0-9._-]+", wanted)[0]
+    try:
+        return f"{name}=={importlib.metadata.version(name)}"
+    except importlib.metadata.PackageNotFoundError:  # of no use on this machine
+        return wanted
+
+
+def _dependencies(extra: str = "") -> list[str]:
+    """The project's own or an extra's, from pyproject.toml in a checkout, else from what is
+    installed."""
     project = ROOT / "pyproject.toml"
     if project.is_file():
-        return tomllib.loads(project.read_text())["project"]["dependencies"]
-    wanted = importlib.metadata.requires("jaxvid") or []
-    return [line for line in wanted if "extra ==" not in line]
+        about = tomllib.loads(project.read_text())["project"]
+        return about["optional-dependencies"][extra] if extra else about["dependencies"]
+    wanted = [line.partition(";") for line in importlib.metadata.requires("jaxvid") or []]
+    mark = re.compile(rf".*extra == ['\"]{extra}['\"]" if extra else "(?!.*extra ==)")
+    return [line.strip() for line, _, when in wanted if mark.match(when)]
 
 
 def pack(recipe: pathlib.Path | None, backend: str, job: str) -> Bundle:
     """The archive. `recipe`: a file from outside of the code; `job`: the text of job.sh."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}\n"
+    asked = job if recipe is None else job + recipe.read_text()
     files: dict[str, bytes] = {
-        "requirements.txt": pins(backend).encode(),
+        "requirements.txt": pins(backend, asked).encode(),
         "python-version": python.encode(),
         "job.sh": job.encode(),
     }

@@ -64,6 +64,8 @@ def check(args: SkyUp) -> tuple[str, int, slices.Slice | None]:
         raise ValueError(f"--workdir {args.workdir}: a bucket, the machines come and go")
     if args.nodes < 1 or args.disk < 50:
         raise ValueError(f"--nodes {args.nodes} --disk {args.disk}: at least 1 and 50")
+    if args.nodes > 1:  # of other buckets the trainer would say the same, on machines that are paid
+        jobs.check_bucket("--workdir of several --nodes", args.workdir)
     if args.infra:
         jobs.fits("--infra", args.infra, CLOUD, "CLOUD, CLOUD/REGION or CLOUD/REGION/ZONE")
     if re.match(r"(tpu-)?v[0-9]", args.accelerator):

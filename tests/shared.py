@@ -40,7 +40,7 @@ def main(port: str, processes: str, process: str, folder: str, what: str) -> Non
         jax.distributed.initialize(f"localhost:{port}", int(processes), int(process))
     mesh = jax.make_mesh((len(jax.devices()),), ("all",))
     state = placed(states.create(toy()[1], ADAM.build(6, toy()[1])), mesh)
-    saver = checkpoint.Checkpoints(pathlib.Path(folder))
+    saver = checkpoint.Checkpoints(folder if "://" in folder else pathlib.Path(folder))
     if what == "save":
         for n in (1, 2):
             saver.save(n, state, checkpoint.Meta(0, {"taken": n}, {}))

@@ -213,6 +213,13 @@ def test_counters_are_not_cast(written):
     saver.close()
 
 
+def test_processes_must_see_the_same_checkpoints(written, monkeypatch):
+    folder, _ = written
+    monkeypatch.setattr(checkpoint.hosts, "gather", lambda steps: [steps, []])
+    with pytest.raises(ValueError, match=r"see different checkpoints in .*: \[\[.*\], \[\]\]"):
+        checkpoint.Checkpoints(folder)
+
+
 @pytest.mark.parametrize("first, then", [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_frozen_weights_may_change_their_type_alone(tmp_path, capsys, first, then):
     trained, frozen = states.split(toy()[1], freeze=["table"])

@@ -17,7 +17,8 @@ def together(count: int, folder: pathlib.Path, what: str) -> list[str]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    env = os.environ | {"PYTHONPATH": f"{HERE.parent.parent}:{HERE.parent}"}
+    known = os.environ.get("PYTHONPATH", "")
+    env = os.environ | {"PYTHONPATH": f"{HERE.parent.parent}:{HERE.parent}:{known}"}
     command = [sys.executable, str(HERE.with_name("shared.py")), port, str(count)]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": env}
     running = [

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pathlib
+import threading
 
 import fsspec
 import jax
@@ -76,23 +78,44 @@ def test_a_copy_cut_short_is_gone_on_with(there, memory, tmp_path, monkeypatch):
 
 
 def test_a_package_that_is_missing_is_named():
-    with pytest.raises(ValueError, match="nosuch://a cannot be opened.*pip install gcsfs"):
+    with pytest.raises(
+        ValueError, match=r"nosuch://a cannot be opened.*pip install 'jaxvid\[gcs\]'"
+    ):
         files.opened("nosuch://a")
 
 
 def test_a_local_folder_is_itself(tmp_path):
+    with files.at(tmp_path) as folder:
+        assert folder == tmp_path
+    assert files.checkpoints(tmp_path, 2) == ""
+
+
+def test_who_writes_checkpoints_where():
+    """Orbax at gs://, from all processes; elsewhere they are written here and copied, by one."""
     for processes in (1, 2):
-        with files.at(tmp_path, processes=processes) as folder:
-            assert folder == tmp_path
-    with pytest.raises(ValueError, match="memory://.*one process and this run has 2"):
-        files.at(URL, processes=2).__enter__()
+        assert files.checkpoints("gs://bucket/run/", processes) == "gs://bucket/run/checkpoints"
+    for url in (URL, "s3://bucket/run"):
+        assert files.checkpoints(url) == ""
+        with pytest.raises(ValueError, match=f"{url}: .*2 processes.*can do to gs://"):
+            files.checkpoints(url, 2)
+
+
+def test_a_url_never_becomes_a_local_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="s3://bucket/run: Orbax .* at gs://"):
+        checkpoint.Checkpoints("s3://bucket/run")
+    for path in (pathlib.Path("gs://bucket/run"), pathlib.Path("s3://bucket/run")):
+        for use in (checkpoint.Checkpoints, files.checkpoints, lambda p: files.at(p).__enter__()):
+            with pytest.raises(ValueError, match=f"{path} has one slash"):
+                use(path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_in_a_remote_folder_goes_on_bit_for_bit(memory, tmp_path):
     """Stopped after four updates, and gone on with by a machine that has nothing."""
     straight = train(tmp_path, Stream())
     for steps in (4, 6):
-        with files.at(URL) as folder:
+        with files.at(URL, checkpoints=True) as folder:
             result = train(folder, Stream(), dataclasses.replace(SETTINGS, steps=steps))
         assert not folder.exists()
     assert_same(*(jax.tree.map(np.array, x.state) for x in (straight, result)))
@@ -106,10 +129,10 @@ def test_a_run_in_a_remote_folder_goes_on_bit_for_bit(memory, tmp_path):
 
 
 def test_half_a_checkpoint_does_not_count(memory, tmp_path):
-    with files.at(URL) as folder:
+    with files.at(URL, checkpoints=True) as folder:
         train(folder, Stream(), dataclasses.replace(SETTINGS, steps=4))
     memory.rm_file("/bucket/run/checkpoints/4.whole")  # as if the copying had been cut short
-    with files.at(URL) as folder:
+    with files.at(URL, checkpoints=True) as folder:
         saver = checkpoint.Checkpoints(folder / "checkpoints")
         assert saver.latest() == 2
         saver.close()
@@ -138,6 +161,90 @@ def test_what_is_written_is_copied_at_intervals(memory, capsys, monkeypatch):
         (folder / "checkpoints" / ".a.partial").write_text("half")
     assert "no route; it is tried again" in capsys.readouterr().out
     assert not [p for p in memory.find("/bucket/run") if "partial" in p]
-    broken[0] = True
-    with pytest.raises(OSError, match="no route"), files.at(URL, every=60.0):
-        pass
+
+
+def test_what_cannot_be_copied_at_the_end_is_left_here(memory, monkeypatch, capsys):
+    def push(self):
+        raise OSError("no route")
+
+    monkeypatch.setattr(files.Mirror, "push", push)
+    with pytest.raises(OSError, match="not everything was copied to memory"):
+        with files.at(URL) as folder:
+            (folder / "a.txt").write_text("one")
+    assert (folder / "a.txt").read_text() == "one"
+    with pytest.raises(KeyError, match="what went wrong first"), files.at(URL) as folder:
+        raise KeyError("what went wrong first")
+    assert f"no route; what was written is left in {folder}" in capsys.readouterr().out
+
+
+def test_a_bucket_that_goes_away_is_told(memory, monkeypatch):
+    """It is said in the same way as that a file here is gone, which is no fault."""
+
+    def gone(*args):
+        raise FileNotFoundError("no such bucket")
+
+    monkeypatch.setattr(memory, "put_file", gone)
+    with pytest.raises(OSError, match="not everything was copied"), files.at(URL) as folder:
+        (folder / "a.txt").write_text("one")
+
+
+def test_a_copy_that_stands_still_is_given_up(memory, monkeypatch):
+    """Others wait for this process, so it must not wait for ever."""
+    monkeypatch.setattr(files._Copier, "PATIENCE", 0.05)
+    still = threading.Event()
+    monkeypatch.setattr(memory, "put_file", lambda *args: still.wait(60))
+    with pytest.raises(OSError, match="not everything was copied") as caught:
+        with files.at(URL) as folder:
+            (folder / "a.txt").write_text("one")
+    still.set()
+    assert "nothing was copied for" in str(caught.value.__cause__)
+
+
+def test_no_process_goes_before_all_have_copied(memory):
+    asked = []
+
+    def until(over):
+        while not over():
+            pass
+        asked.append(memory.exists("/bucket/run/a.txt"))
+
+    with files.at(URL, until=until) as folder:
+        (folder / "a.txt").write_text("one")
+    assert asked == [True]
+
+
+def test_storage_that_cannot_be_written_to_is_told_at_once(memory, monkeypatch, tmp_path):
+    def refused(*args):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path))
+    for name in ("pipe_file", "rm_file"):
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, name, refused)
+            with pytest.raises(ValueError, match="(?s)memory://.*not yours.*credentials"):
+                files.at(URL).__enter__()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_pulls_what_it_reads_of_itself(memory):
+    for name in ("config.json", "metrics.jsonl", ".jaxvid-1", "checkpoints/2/a", "model/b", "x/c"):
+        memory.pipe_file(f"/bucket/run/{name}", b"there")
+    assert files.read(files.inside(URL, "config.json")) == "there"
+    for kept in (False, True):
+        with files.at(URL, checkpoints=kept) as folder:
+            assert sorted(p.name for p in folder.iterdir()) == ["config.json", "metrics.jsonl"]
+        assert memory.exists("/bucket/run/checkpoints/2/a") != kept  # it was not whole
+
+
+def test_a_model_takes_the_place_of_the_one_before(memory):
+    for name in ("model-1-of-2", "model-2-of-2"):
+        memory.pipe_file(f"/bucket/run/model/{name}", b"old")
+    with files.at(URL) as folder:
+        part = folder / ".model-x" / "new"
+        part.mkdir(parents=True)
+        (part / "model").write_text("half")
+        mirror = files.Mirror(URL, folder)
+        mirror.push()  # while the model is written beside its place
+        assert len(memory.find("/bucket/run")) == 2
+        part.rename(folder / "model")
+    assert memory.find("/bucket/run") == ["/bucket/run/model/model"]

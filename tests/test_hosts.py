@@ -177,6 +177,9 @@ def test_where_the_others_are_is_checked():
 def test_one_process_hands_through():
     assert hosts.gather({"a": [1, 2.5]}) == [{"a": [1, 2.5]}]
     assert hosts.most(3, 1) == [3, 1] and hosts.some(True, False) == [True, False]
+    asked = iter([False, False, True])
+    hosts.until(lambda: next(asked), every=0.0)
+    assert not list(asked)
     x = np.arange(6.0).reshape(3, 2)
     assert hosts.interleave(x) is x
     mesh = sharding.make_mesh(1, 4, 2)

@@ -1,5 +1,6 @@
 """What the launchers print and ship, and what they refuse."""
 
+import io
 import os
 import re
 import shlex
@@ -79,6 +80,7 @@ WRONG = [
     ("slurm", ["--partition", "a b"], "--partition"),
     ("slurm", ["--nodes", "0"], "--nodes 0: at least 1"),
     ("sky", ["--workdir", "/data/run"], "a bucket, the machines come and go"),
+    ("sky", ["--workdir", "s3://bucket/run"], "several --nodes 's3://bucket/run': it must be gs"),
     ("sky", ["--accelerator", "8xH100"], "a GPU such as H100:8"),
     ("sky", ["--accelerator", "v6e-9"], "nearest are v6e-8"),
     ("sky", ["--accelerator", "v6e-8"], "a slice is one node"),
@@ -263,3 +265,14 @@ def test_versions_are_pinned_to_those_that_run_here():
     assert "jax[tpu]==" in bundles.pins("tpu") and "jax==" in bundles.pins("cpu")
     with pytest.raises(ValueError, match="no backend 'rocm'"):
         bundles.pins("rocm")
+
+
+def test_what_reads_a_bucket_comes_along():
+    """In the version that runs here, or in any that fits."""
+    named = lambda text: [re.split("[=>]=", x)[0] for x in bundles.pins("tpu", text).splitlines()]
+    plain = named("--workdir /mnt/run")
+    assert named("--workdir gs://bucket/run") == [*plain, "gcsfs"]
+    assert named("gs://bucket/run s3://bucket/shards") == [*plain, "gcsfs", "s3fs"]
+    packed = bundles.pack(None, "tpu", "train tiny_sft --workdir gs://bucket/run")
+    with tarfile.open(fileobj=io.BytesIO(packed.data)) as tar:
+        assert b"\ngcsfs" in tar.extractfile("requirements.txt").read()

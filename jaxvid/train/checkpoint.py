@@ -1,10 +1,10 @@
 """Checkpoints of a run: the train state, where the data stood, the seed, config and code version.
 
-Orbax writes in the background and publishes a step by renaming it, so a killed run leaves whole
-checkpoints only. Kept are the last `keep` and the best by one validation metric. A checkpoint
-restores onto any mesh, any number of processes and other floating-point types. Every array's
-checksum is compared on the way back in; where the newest checkpoint is damaged, the one before it
-is taken, and the damaged one is set aside as STEP.damaged.
+Orbax writes in the background and publishes a step by renaming it (at gs:// by a file in it, which
+is written last), so a killed run leaves whole checkpoints only. Kept are the last `keep` and the
+best by one validation metric. A checkpoint restores onto any mesh, any number of processes and
+other floating-point types. Every array's checksum is compared on the way back in; where the newest
+checkpoint is damaged, the one before it is taken, and the damaged one is set aside as STEP.damaged.
 
 Frozen weights are not saved: they are read again from where the run began, and their checksums,
 which are saved, tell whether that is still the same.
@@ -17,13 +17,17 @@ import itertools
 import json
 import math
 import pathlib
+import re
 import subprocess
+import uuid
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 from flax import nnx
 from jaxtyping import Array, UInt32
@@ -49,7 +53,12 @@ class Meta(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints in `folder`; `best` names the metric that decides which one is kept."""
+    """The checkpoints in `folder`, here or at gs://; `best` names the metric that decides which
+    one is kept. `tidy`: what was not written to its end is removed, which the run itself may do.
+
+    Raises ValueError for storage that Orbax does not write to, and where the processes of a run do
+    not see the same checkpoints.
+    """
 
     def __init__(
         self,
@@ -58,10 +67,9 @@ class Checkpoints:
         keep: int = 2,
         best: str = "eval_loss",
         mode: Literal["min", "max"] = "min",
+        tidy: bool = True,
     ):
-        # Orbax writes to gs:// by itself, from all processes.
-        remote = files.is_remote(folder)
-        self.folder = epath.Path(folder) if remote else epath.Path(folder).absolute()
+        self.folder = _folder(folder)
         self.passed: list[int] = []  # damaged steps that `restore` set aside
         # A checkpoint without a validation ranks last, and of those the latest first.
         self.best, self.worst = best, math.inf if mode == "min" else -math.inf
@@ -73,10 +81,16 @@ class Checkpoints:
             ]
         )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy, best_fn=score, best_mode=mode, cleanup_tmp_directories=True
+            preservation_policy=policy, best_fn=score, best_mode=mode, cleanup_tmp_directories=tidy
         )
         self._mend_metrics()
         self.manager = ocp.CheckpointManager(self.folder, options=options)
+        seen = hosts.gather(sorted(self.manager.all_steps()))
+        if any(steps != seen[0] for steps in seen):
+            raise ValueError(
+                f"the processes see different checkpoints in {self.folder}: {seen}. Give a "
+                "--workdir that all of them share"
+            )
 
     def latest(self) -> int | None:
         return self.manager.latest_step()
@@ -322,6 +336,53 @@ class Checkpoints:
             )
         cast = sorted({f"{there[k][1]} to {here[k][1]}" for k in here if here[k] != there[k]})
         return f"the frozen weights go from {', '.join(cast)}" if cast else ""
+
+
+def _folder(folder: pathlib.Path | str) -> epath.Path:
+    if not files.is_remote(folder):
+        return epath.Path(folder).absolute()
+    if not str(folder).startswith("gs://"):
+        # Orbax would take it for a local folder, s3:/bucket.
+        raise ValueError(
+            f"{folder}: Orbax reads and writes checkpoints at gs:// and in local folders alone"
+        )
+    # Else a process does not see what others, or TensorStore in this one, have written since.
+    fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
+    there = epath.Path(folder)
+    # Its own name is that of a folder made by hand; probes are left where they cannot be removed.
+    known = rf"\d+(\.damaged(-\d+)?)?|metadata|\.jaxvid-\w+|{re.escape(there.name)}"
+    names = [one.name for one in there.iterdir()] if there.is_dir() else []
+    if odd := sorted(name for name in names if not re.fullmatch(known, name)):
+        # Orbax removes every folder there that does not say that it is a whole checkpoint.
+        raise ValueError(
+            f"{folder} holds what is not jaxvid's: {', '.join(odd[:4])}. Give another --workdir"
+        )
+    return there
+
+
+def check_bucket(url: str) -> None:
+    """Raises ValueError unless Orbax can write checkpoints to this gs:// folder. What it does
+    there is tried here in small, before a model is loaded."""
+    files.opened(url)  # is the package there that the next imports come with?
+    from google.api_core.exceptions import GoogleAPIError
+    from google.auth.exceptions import GoogleAuthError
+    from google.cloud import storage
+
+    bucket, _, path = url.removeprefix("gs://").partition("/")
+    spec = {"driver": "gcs", "bucket": bucket, "path": f"{path}/.jaxvid-{uuid.uuid4().hex}/"}
+    patience = {"gcs_request_retries": {"max_retries": 3}}
+    try:
+        storage.Client().get_bucket(bucket)  # Orbax asks in this way whether it has real folders
+        store = tensorstore.KvStore.open(spec, context=tensorstore.Context(patience)).result()
+        store.write("probe", b"written by jaxvid to see whether it can; remove it").result()
+        store.delete_range(tensorstore.KvStore.KeyRange()).result()
+    except (GoogleAPIError, GoogleAuthError, OSError, ValueError) as error:
+        raise ValueError(
+            f"checkpoints cannot be written to {url}: {error}\nIs the name of the bucket right, "
+            "does this machine have credentials (a service account, `gcloud auth application-"
+            "default login`), and do its roles hold storage.buckets.get and storage.objects.create,"
+            " get, list and delete (roles/storage.objectUser, roles/storage.legacyBucketReader)?"
+        ) from error
 
 
 def say(text: str) -> None:

@@ -90,15 +90,16 @@ def train(
     evaluate: Evaluate | None = None,
     config: dict[str, Any] | None = None,
     describe: Callable[[int, Any], list[str]] | None = None,
+    checkpoints: str = "",
 ) -> Result:
-    """Run to `settings.steps`, from the last whole checkpoint in `workdir` if there is one.
+    """Run to `settings.steps`, from the last whole checkpoint if there is one, of those in
+    `workdir` or at the URL `checkpoints`.
 
     rate: learning rate by optimizer step, for the log. evaluate: validation metrics of a state,
     named eval_*. describe: names of the records in item n, for the error that stops a run.
     """
-    saver = Checkpoints(
-        workdir / "checkpoints", keep=settings.keep, best=settings.best, mode=settings.best_mode
-    )
+    where = checkpoints or workdir / "checkpoints"
+    saver = Checkpoints(where, keep=settings.keep, best=settings.best, mode=settings.best_mode)
     with contextlib.closing(saver):
         start = 0
         if saver.latest() is not None:
