@@ -167,7 +167,7 @@ def crew(recipe: pathlib.Path, verb: str, workdir: str, *flags: str) -> list[tup
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
     env = os.environ | {"PYTHONPATH": paths(), "TMPDIR": str(recipe.parent / "tmp")}
-    env |= {"JAX_NUM_CPU_DEVICES": "4", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env |= {"JAX_NUM_CPU_DEVICES": "4"}
     config = f"{recipe}:runlocal" if verb == "eval" else str(recipe)
     command = [sys.executable, "-m", "jaxvid.main", verb, config, "--workdir", workdir, *flags]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": env}

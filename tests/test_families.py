@@ -24,8 +24,6 @@ from jaxvid.objectives.sft import SFT
 from jaxvid.train import optimizers, step
 from jaxvid.train import state as states
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 NAMES = [f.name for f in hf.FAMILIES]
 QUESTION, REPLY = "What happens?", "The ball moves left"
 

@@ -14,8 +14,6 @@ from jaxvid.objectives.sft import SFT
 from jaxvid.train import checkpoint, loop, optimizers, step
 from jaxvid.train import state as states
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 ADAM = optimizers.AdamW(lr=1e-2, schedule="constant")
 SOME = lora.LoRA(rank=2, targets=("blocks",))
 

@@ -17,8 +17,6 @@ from jaxvid.models.layers import Compute
 from jaxvid.rollout import groups, sampler
 from jaxvid.rollout.sampler import Sampling
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 def test_refilled_slots_give_the_same_replies_in_fewer_steps():
     together, _ = run(0)

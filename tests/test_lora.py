@@ -17,8 +17,6 @@ from jaxvid.objectives.sft import SFT
 from jaxvid.train import checkpoint, loop, optimizers, step
 from jaxvid.train import state as states
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 CFG = lora.LoRA(rank=2, alpha=8.0)
 EVERYWHERE = lora.LoRA(rank=2, alpha=8.0, targets=("decoder", "tower"), dropout=0.3)
 BLOCKS = lora.LoRA(rank=2, alpha=8.0, targets=("blocks",))  # of nets.Net

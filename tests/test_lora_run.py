@@ -14,8 +14,6 @@ from jaxvid.objectives.policy import Policy
 from jaxvid.rollout.sampler import Sampling
 from jaxvid.train import metrics, optimizers
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

@@ -15,8 +15,6 @@ from qwen import BUDGET, FIVE, fresh, their_inputs
 from jaxvid import paths
 from jaxvid.models import hf, lora, peft
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 SETTINGS = {
     "all": lora.LoRA(rank=3, alpha=6.0, targets=("decoder", "tower")),
     "some": lora.LoRA(

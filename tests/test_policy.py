@@ -27,8 +27,6 @@ from jaxvid.rollout.sampler import Sampling
 from jaxvid.train import groups, loop, metrics, policy, state, table, telling
 from jaxvid.train.groups import Settings
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 def replies(correct, total=None, ended=None, asked=None) -> groups.Replies:
     """Replies of two tokens with the given outcomes [pairs, 2, G]; question i is record i."""

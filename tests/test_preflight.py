@@ -219,7 +219,6 @@ def planned(monkeypatch, name, rows, **changes):
     return programs.plan(run, cfg, chips.read("v5e:2x4"))
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_policy_recipe_is_weighed_whole(monkeypatch):
     """State as long as the real one, all programs compile, the decode's loop counts a reply."""
     plan = planned(monkeypatch, "dna_7b_rl", 4)

@@ -16,7 +16,6 @@ from jaxvid.data import records
 from jaxvid.rollout import remote, sampler
 from jaxvid.rollout.sampler import Prompt, Sampling
 
-pytestmark = pytest.mark.usefixtures("quick")
 SECRET = "sk-not-to-be-seen"
 CLIP = records.Media("clip", "video", b"....ftypisom and a film")
 STILL = records.Media("still", "image", b"\x89PNG and a picture")

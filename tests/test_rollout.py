@@ -18,7 +18,6 @@ from jaxvid.models.layers import Compute
 from jaxvid.rollout import drawing, sampler
 from jaxvid.rollout.sampler import Sampling
 
-pytestmark = pytest.mark.usefixtures("quick")
 VOCAB, PAD_ID, STOPS, BANNED = 40, 39, (30, 31, 32, 33, 34, 38), (35, 36, 37, 39)
 GROUP = 4
 VISION = media.Vision(patch=4, temporal=2, merge=2, window=16)

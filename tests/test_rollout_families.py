@@ -13,7 +13,6 @@ from jaxvid.data import layout
 from jaxvid.rollout import sampler
 from jaxvid.rollout.sampler import Sampling
 
-pytestmark = pytest.mark.usefixtures("quick")
 GROUP, R = 2, 5
 CASES = {  # what sees video, deep features of it among the layers; what hears it beside the frames
     "qwen3_vl": (qwen3.fresh, lambda: [qwen3.prompt((qwen3.FILM,)).tree]),

@@ -17,8 +17,6 @@ from jaxvid.models import hf, lora
 from jaxvid.objectives.preference import DPO
 from jaxvid.train import loop, metrics, optimizers
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 SAID = ("it gets brighter", "it gets darker", "it stays grey", "it turns red")
 
 

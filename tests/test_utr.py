@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -290,7 +289,6 @@ def test_recipes_train_and_probe(world, tmp_path):
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         cwd=pathlib.Path(__file__).parent.parent,
     )
     assert done.returncode == 0, done.stderr
