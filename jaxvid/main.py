@@ -198,7 +198,7 @@ def _train(args: argparse.Namespace, rest: list[str]) -> int:
     if not isinstance(run, config.Run):
         raise ValueError(f"{args.config} is a {type(run).__name__}; it does not train")
     with files.at(args.workdir, processes=hosts.share()["processes"]) as workdir:
-        result = runs.train(run, workdir)
+        result = runs.train(run, workdir, name=pathlib.PurePath(args.workdir).name)
     if result.interrupted:
         print(f"stopped and saved at step {result.step}; the same command goes on from there")
         return 143  # as a process that SIGTERM ended, so that a scheduler starts it again
