@@ -18,6 +18,9 @@ class errors:
     class UsageError(Exception):
         pass
 
+    class AuthenticationError(Exception):
+        pass
+
 def Settings(**given):
     return given
 

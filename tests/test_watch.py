@@ -110,14 +110,14 @@ def test_the_share_of_a_peak(monkeypatch, kind, tera):
 def test_a_line_says_what_a_person_watches():
     values = {"loss": 1.25, "grad_norm": 0.5, "learning_rate": 1e-5, "perf/throughput": 12345.6}
     values |= {"step_time": 2.5, "perf/tflops": 80.0, "perf/mfu": 0.4061, "perf/input_wait": 0.02}
-    assert metrics.line(20, 1500, values) == (
+    assert metrics.line(20, 1500, values, 3.0) == (
         "step   20/1500  loss 1.2500  |g| 0.500  lr 1.00e-05  12,346 tokens/s  MFU 40.6%  input 2%"
-        "  2.5 s/step  1:01:40 left"
+        "  2.5 s/step  1:14:00 left"
     )
     more = {"reward": 0.5, "rewards/accuracies": 0.75, "skipped_total": 2.0, "loss": float("nan")}
     few = values | more | {"perf/memory_peak_gib": 12.34}
     del few["perf/mfu"]
-    assert metrics.line(1500, 1500, few) == (
+    assert metrics.line(1500, 1500, few, 2.5) == (
         "step 1500/1500  loss nan  reward 0.500  accuracy 0.75  |g| 0.500  lr 1.00e-05  12,346 "
         "tokens/s  80 TFLOP/s  input 2%  12.3 GiB  2.5 s/step  2 skipped  0:00:00 left"
     )

@@ -17,6 +17,8 @@ import dataclasses
 import math
 import pathlib
 import signal
+import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -302,9 +304,10 @@ class _Log:
         self.window.add(values)
         self.bar.update(1)
         if _due(n, self.settings.log_every) or n == self.settings.steps:
+            pace = statistics.median(self.window.values["step_time"])  # one of them may compile
             means = self.window.take()
             self.writer.write(n, means)
-            self.say(metrics.line(n, self.settings.steps, means))
+            self.say(metrics.line(n, self.settings.steps, means, pace))
 
     def say(self, text: str) -> None:
         """Print a line, once; above the bar if there is one."""
@@ -312,6 +315,7 @@ class _Log:
             say(text)
         else:
             self.bar.write(text)
+            sys.stdout.flush()  # which may be a file, though the bar's stderr is none
 
     def pause(self, name: str) -> None:
         """What was done since the last update is no part of the next one's time."""

@@ -101,13 +101,13 @@ SHOWN: tuple[tuple[str, Callable[[float], str]], ...] = (
 )
 
 
-def line(step: int, steps: int, values: dict[str, float]) -> str:
-    """One line about `values` at a step out of `steps`, with the time that is left at this pace."""
+def line(step: int, steps: int, values: dict[str, float], pace: float) -> str:
+    """One line about `values` at a step out of `steps`, and the time left at `pace` s a step."""
     known = {name for name in values if not (name == "perf/tflops" and "perf/mfu" in values)}
     told = [write(values[name]) for name, write in SHOWN if name in known]
     if (skipped := values.get("skipped_total", 0)) > 0:
         told.append(f"{skipped:.0f} skipped")
-    left = datetime.timedelta(seconds=round((steps - step) * values["step_time"]))
+    left = datetime.timedelta(seconds=round((steps - step) * pace))
     return f"step {step:{len(str(steps))}}/{steps}  " + "  ".join(told) + f"  {left} left"
 
 

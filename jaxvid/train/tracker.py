@@ -24,6 +24,8 @@ from jaxvid import files
 
 FILE = "wandb.json"
 AXIS = "step"  # of every chart; wandb's own count of steps only grows, ours goes back on resuming
+# What is printed stays here; where nothing can be sent, the end waits no longer for it.
+SETTINGS = {"console": "off", "finish_timeout": 120.0}
 Also = Callable[[int, dict[str, float]], None]  # gets every line of metrics.jsonl too
 
 
@@ -70,18 +72,19 @@ class Board:
         config: dict[str, Any],
     ):
         self.run = None
-        settings = {
+        given = {
             "project": project,
             "name": name,
             "id": _id(workdir, name),
             "resume": "allow",
             "dir": str(workdir),
             "config": config,
-            "settings": wandb.Settings(console="off"),
         }
+        begin = lambda: wandb.init(**given, settings=wandb.Settings(**SETTINGS))
+        refusals = wandb.errors.UsageError, wandb.errors.AuthenticationError
         try:
-            run = self._try(lambda: wandb.init(**settings), (wandb.errors.UsageError,))
-        except wandb.errors.UsageError as error:
+            run = self._try(begin, refusals)
+        except refusals as error:
             raise ValueError(
                 f"--wandb {project}: {error}. Log in (`wandb login`, or WANDB_API_KEY), set "
                 "WANDB_MODE=offline, or leave --wandb out"
