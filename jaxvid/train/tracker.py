@@ -86,7 +86,7 @@ class Board:
             run = self._try(begin, refusals)
         except refusals as error:
             raise ValueError(
-                f"--wandb {project}: {error}. Log in (`wandb login`, or WANDB_API_KEY), set "
+                f"--wandb {project}: {str(error).rstrip('.')}. Log in (`wandb login`, or WANDB_API_KEY), set "
                 "WANDB_MODE=offline, or leave --wandb out"
             ) from error
         self.run = run

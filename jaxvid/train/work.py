@@ -29,7 +29,7 @@ from jaxvid.train.state import NONE
 
 TOKENS, PATCHES = 64, 16  # of the row that is traced; so short that attention is one product
 DATA = frozenset(("tokens", "vision", "audio"))
-NONE_AT_ALL = AbstractMesh((), ())
+NOWHERE = AbstractMesh((), ())
 # Where kernels are not chosen, and nothing is split.
 ONE = AbstractMesh(
     (1,) * len(AXES),
@@ -86,8 +86,8 @@ def measure(cfg: Any, graph: nnx.GraphDef, trained: nnx.State, frozen: nnx.State
 
     args = {"trained": shapes(trained), "frozen": shapes(frozen)}
     args |= {"tokens": tokens, "vision": vision, "audio": audio}
-    nowhere, one = map(jax.sharding.use_abstract_mesh, (NONE_AT_ALL, ONE))
-    with nowhere, one:  # a mesh in context may not change its size, but may be left
+    leave, enter = map(jax.sharding.use_abstract_mesh, (NOWHERE, ONE))
+    with leave, enter:  # a mesh in context may not change its size, but may be left
         found, (hidden, table) = flops.products(forward, args)
     per = _sums(found)
     pixels = vision.patches.shape[1] * vision.patches.shape[2]
