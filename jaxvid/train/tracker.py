@@ -86,8 +86,8 @@ class Board:
             run = self._try(begin, refusals)
         except refusals as error:
             raise ValueError(
-                f"--wandb {project}: {str(error).rstrip('.')}. Log in (`wandb login`, or WANDB_API_KEY), set "
-                "WANDB_MODE=offline, or leave --wandb out"
+                f"--wandb {project}: {str(error).rstrip('.')}. Log in (`wandb login`, or "
+                "WANDB_API_KEY), set WANDB_MODE=offline, or leave --wandb out"
             ) from error
         self.run = run
         self._try(lambda: run.define_metric("*", step_metric=AXIS) if run else None)
