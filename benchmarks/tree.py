@@ -25,7 +25,7 @@ import optax
 
 from benchmarks import measure
 from benchmarks.measure import GIB, Row
-from jaxvid import sharding
+from jaxvid import flops, sharding
 from jaxvid.batch import Batch
 from jaxvid.data import layout, media
 from jaxvid.models import decoder, hf, qwen25vl, vision
@@ -34,7 +34,7 @@ from jaxvid.objectives.policy import Policy
 from jaxvid.ops import _flash
 from jaxvid.train import state as states
 from jaxvid.train import step
-from launch.ahead import chips, flops
+from launch.ahead import chips
 
 RATE = 1e-5  # of AdamW
 DECAY = 0.9  # of its first moment

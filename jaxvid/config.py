@@ -91,6 +91,7 @@ class Run(Job):
     patience: int = 5  # steps in a row without a finite loss that stop the run
     profile: tuple[int, int] = (0, 0)  # first and last step that the profiler traces; 0 0 is none
     stall_minutes: float = 60.0  # without a step that end the run, stacks on stderr; 0 = never
+    wandb: str = ""  # project on Weights & Biases that gets the log too; "" is none
     export_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of WORKDIR/model
 
     def loop_settings(self) -> loop.Settings:

@@ -202,7 +202,8 @@ def _train(args: argparse.Namespace, rest: list[str]) -> int:
     if there:
         checkpoint.check_bucket(there)
     with files.at(args.workdir, checkpoints=not there, until=hosts.until) as workdir:
-        result = runs.train(run, workdir, there)
+        name = pathlib.PurePath(args.workdir).name
+        result = runs.train(run, workdir, there, name=name)
     if files.is_remote(args.workdir):
         checkpoint.say(f"copied to {args.workdir}")
     if result.interrupted:

@@ -28,7 +28,7 @@ from jaxvid.eval import sound
 from jaxvid.models import hf, lora, peft
 from jaxvid.models.layers import Compute
 from jaxvid.rollout import remote
-from jaxvid.train import checkpoint, loop, optimizers, policy, state, step
+from jaxvid.train import checkpoint, loop, optimizers, policy, state, step, tracker, work
 
 FILES = ("*.safetensors", "*.json", "*.jinja")  # what a model folder computes with
 
@@ -93,12 +93,13 @@ def recipe(path: str) -> ModuleType:
 # A training run -----------------------------------------------------------------------------------
 
 
-def train(run: Run, workdir: pathlib.Path, checkpoints: str = "") -> loop.Result:
+def train(run: Run, workdir: pathlib.Path, checkpoints: str = "", *, name: str = "") -> loop.Result:
     """Run a recipe to its end, from its last checkpoint if there is one.
 
     Writes config.json, metrics.jsonl, tensorboard/, checkpoints/ (or to the URL `checkpoints`) and,
-    at the end, model/.
+    at the end, model/. `name` is what trackers call the run; default: the folder's.
     """
+    tracker.check(run.wandb)
     mesh = _mesh(run)
     for data in filter(None, (run.data, run.validation)):  # say at once if rows do not divide
         sharding.row_sharding(mesh, data.budget.rows)
@@ -107,23 +108,25 @@ def train(run: Run, workdir: pathlib.Path, checkpoints: str = "") -> loop.Result
         rewards.check(run.reward)
     scoring.check(run)
     saved = _save_config(run, workdir)
-    with jax.set_mesh(mesh):
+    tracked = tracker.opened(run.wandb, name or workdir.resolve().name, workdir, saved)
+    with tracked as also, jax.set_mesh(mesh):
         loaded = config.load_model(run, mesh)
         trained, frozen = config.divide(run, loaded.params)
         steps = run.steps * run.updates_per_step()
         tx = optimizers.scaled(run.optimizer.build(steps, trained), run.rates, trained)
-        update, stream, prepare = _update(run, loaded, trained, tx, mesh, workdir)
+        flops = _work(run, loaded, trained, frozen)
+        update, stream, prepare = _update(run, loaded, trained, tx, mesh, workdir, flops)
         result = loop.train(
             state.create(trained, tx, mesh, frozen=frozen),
             update,
             stream,
-            run.loop_settings(),
+            dataclasses.replace(run.loop_settings(), checkpoints=checkpoints),
             workdir,
             rate=run.optimizer.rate(steps),
             evaluate=_evaluation(run, loaded, mesh, prepare),
             config=saved,
             describe=functools.partial(_record_ids, run),
-            checkpoints=checkpoints,
+            also=also,
         )
         if not result.interrupted:
             write_model(run, loaded.cfg, result.state.weights, workdir / "model")
@@ -137,6 +140,7 @@ def _update(
     tx: optax.GradientTransformation,
     mesh: Mesh,
     workdir: pathlib.Path,
+    flops: step.Work,
 ):
     """The update of a kind of run, the stream it reads, and what validation does to a batch."""
     builder = config.make_builder(run.model, loaded.cfg, run.data)
@@ -150,6 +154,7 @@ def _update(
         temperature=temperature,
         drop=lora.drop if run.lora.dropout else None,
         seed=run.seed,
+        work=flops,
     )
     refer = functools.partial(_reference, run, loaded, trained, mesh)
     if isinstance(run, config.PolicyRun):
@@ -178,6 +183,16 @@ def _update(
         prepare = lambda now, batch: batch._replace(ref=reference(now, batch))
         return loop.preference(train_step, reference, mesh), batches, prepare
     return loop.supervised(train_step, mesh), batches, lambda _, batch: batch
+
+
+def _work(run: Run, loaded: hf.Loaded, trained: nnx.State, frozen: nnx.State) -> step.Work:
+    """What an update is for the model; where a reference scores the batch, its forward pass too."""
+    learn = work.measure(loaded.cfg, loaded.graph, trained, frozen)
+    if not isinstance(run, config.PreferenceRun) or run.sidecar:
+        return learn
+    graph, params = hf.abstract(loaded.cfg)
+    refer = work.measure(loaded.cfg, graph, state.NONE, params)
+    return lambda batch: learn(batch) + refer(batch)
 
 
 def _reference(run: Run, loaded: hf.Loaded, trained: nnx.State, mesh: Mesh, score, temperature):

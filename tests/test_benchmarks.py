@@ -15,11 +15,10 @@ from benchmarks import logprob as logprob_script
 from benchmarks import measure
 from benchmarks import step as step_script
 from benchmarks import tree as tree_script
-from jaxvid import sharding
+from jaxvid import flops, sharding
 from jaxvid.models import hf
 from jaxvid.ops.attention import attention
 from jaxvid.ops.logprob import logprob
-from launch.ahead import flops
 
 A, B, C = jax.ShapeDtypeStruct((3, 5), "f4"), jax.ShapeDtypeStruct((5, 7), "f4"), 2 * 3 * 5 * 7
 SQUARE, ONE = jax.ShapeDtypeStruct((3, 3), "f4"), 2 * 3 * 3 * 3

@@ -106,8 +106,8 @@ def test_a_run_in_a_bucket_goes_on_bit_for_bit(bucket, tmp_path):
     there = files.checkpoints(URL)
     for steps in (4, 6):
         with files.at(URL) as folder:
-            settings = dataclasses.replace(SETTINGS, steps=steps)
-            result = train(folder, Stream(), settings, checkpoints=there)
+            settings = dataclasses.replace(SETTINGS, steps=steps, checkpoints=there)
+            result = train(folder, Stream(), settings)
             assert not (folder / "checkpoints").exists()
     assert_same(*(jax.tree.map(np.array, x.state) for x in (straight, result)))
     found = [json.loads(x) for x in bucket.read("run/metrics.jsonl").decode().splitlines()]
@@ -120,7 +120,7 @@ def test_a_run_in_a_bucket_goes_on_bit_for_bit(bucket, tmp_path):
 def test_half_a_checkpoint_in_a_bucket_does_not_count(bucket):
     there = files.checkpoints(URL)
     with files.at(URL) as folder:
-        train(folder, Stream(), dataclasses.replace(SETTINGS, steps=4), checkpoints=there)
+        train(folder, Stream(), dataclasses.replace(SETTINGS, steps=4, checkpoints=there))
     del bucket.objects["run/checkpoints/4/commit_success.txt"]
     for tidy in (False, True):
         assert bucket.names("run/checkpoints/4/")

@@ -19,10 +19,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from toy import mesh_of
 
-from jaxvid import config, runs
+from jaxvid import config, flops, runs
 from jaxvid.models import hf
 from launch import preflight
-from launch.ahead import chips, flops, hlo, programs, published, tell, weigh
+from launch.ahead import chips, hlo, programs, published, tell, weigh
 from launch.ahead.__main__ import check
 
 ROOT = pathlib.Path(__file__).parent.parent

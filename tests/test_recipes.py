@@ -155,6 +155,7 @@ def check(folder, name):
     for row in rows:
         assert math.isfinite(row["loss"]) and row["skipped_total"] == 0
         assert row["grad_norm"] > 0
+        assert row["perf/tflops"] > 0 and "perf/mfu" not in row  # of a CPU no peak is known
     assert (folder / f"out/{name}/model/config.json").is_file()
 
 

@@ -30,7 +30,7 @@ from jaxvid.train import state as states
 
 def logged(folder):
     """metrics.jsonl without what depends on the clock."""
-    timed = ("step_time", "perf/")
+    timed = ("step_time", "perf/", "time/")
     untimed = lambda line: {k: v for k, v in line.items() if not k.startswith(timed)}
     return [untimed(line) for line in metrics.read(folder)]
 

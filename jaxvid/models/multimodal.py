@@ -48,6 +48,12 @@ class Multimodal(nnx.Module):
         """The embedding where `media` is -1; None in a family without one."""
         return None
 
+    @property
+    def full(self) -> float:
+        """The share of the vision tower's layers in which a patch sees its whole frame; in the
+        others it sees its window."""
+        return 1.0
+
     def unembedding(self) -> Float[Array, "V D"]:
         """float32 as stored: `ops.logprob` chooses the precision of the product."""
         return (self.decoder.table if self.head is None else self.head)[...]

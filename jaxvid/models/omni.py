@@ -191,6 +191,10 @@ class Omni(Multimodal):
         self.tower = vision.Tower(cfg.vision, cfg.compute, rngs=rngs)
         self.ears = audio.Tower(cfg.audio, cfg.compute, rngs=rngs)
 
+    @property
+    def full(self) -> float:
+        return len(self.cfg.vision.full) / self.cfg.vision.layers
+
     def features(self, vision: VisionBatch, audio: AudioBatch | None) -> Features | None:
         found = [self.tower(vision)] if vision.patches.shape[1] else []
         if audio is not None and audio.features.shape[1]:

@@ -227,6 +227,10 @@ class Qwen25VL(Multimodal):
         self.tower = vision.Tower(cfg.vision, cfg.compute, rngs=rngs)
         super().__init__(cfg, rngs=rngs)
 
+    @property
+    def full(self) -> float:
+        return len(self.cfg.vision.full) / self.cfg.vision.layers
+
     def features(self, vision: VisionBatch, audio: AudioBatch | None) -> Features | None:
         return Features(self.tower(vision)) if vision.patches.shape[1] else None
 

@@ -17,6 +17,8 @@ import dataclasses
 import math
 import pathlib
 import signal
+import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -64,6 +66,7 @@ class Settings:
     patience: int = 5  # non-finite steps in a row that stop the run
     best: str = "eval_loss"
     best_mode: Literal["min", "max"] = "min"
+    checkpoints: str = ""  # a URL that they are written to; "" is the work folder
     rates: Rates = ()  # factors of the learning rate by part, for the log
     profile: tuple[int, int] = (0, 0)  # first and last update that the profiler traces
     stall_minutes: float = 60.0  # without an update that end the run; 0 = never
@@ -90,15 +93,16 @@ def train(
     evaluate: Evaluate | None = None,
     config: dict[str, Any] | None = None,
     describe: Callable[[int, Any], list[str]] | None = None,
-    checkpoints: str = "",
+    also: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Result:
     """Run to `settings.steps`, from the last whole checkpoint if there is one, of those in
-    `workdir` or at the URL `checkpoints`.
+    `workdir` or at the URL `settings.checkpoints`.
 
     rate: learning rate by optimizer step, for the log. evaluate: validation metrics of a state,
-    named eval_*. describe: names of the records in item n, for the error that stops a run.
+    named eval_*. describe: names of the records in item n, for the error that stops a run. also:
+    gets every line of the log.
     """
-    where = checkpoints or workdir / "checkpoints"
+    where = settings.checkpoints or workdir / "checkpoints"
     saver = Checkpoints(where, keep=settings.keep, best=settings.best, mode=settings.best_mode)
     with contextlib.closing(saver):
         start = 0
@@ -109,7 +113,7 @@ def train(
                 say(f"changed since step {start}: jaxvid {meta.code} -> {code_version()}")
         meta = lambda: Meta(settings.seed, stream.get_state(), config or {})
         with (
-            _Log(workdir, settings, start, rate, describe or record_numbers) as log,
+            _Log(workdir, settings, start, rate, describe or record_numbers, also) as log,
             _Stop() as stop,
             watch.Trace(workdir, *settings.profile) as trace,
             watch.Watchdog(settings.stall_minutes) as dog,
@@ -134,6 +138,7 @@ def train(
                 if last or stopped or improved or _due(n, settings.checkpoint_every):
                     log.flush()  # a run that is to stop for non-finite steps must not be saved
                     saver.save(n, state, meta(), scores)
+                    log.pause("checkpoint")
                 if stopped and not last:
                     break
         saver.wait()
@@ -236,7 +241,8 @@ def _take(stream: Stream, n: int, steps: int) -> tuple[Any, float]:
 
 
 class _Log:
-    """Reads metrics one update late, averages them over a window, writes lines and the bar."""
+    """Reads metrics one update late, averages them over a window, writes and prints lines; on a
+    terminal there is a bar below them."""
 
     def __init__(
         self,
@@ -245,16 +251,17 @@ class _Log:
         start: int,
         rate: Callable[[Any], Any],
         describe: Callable[[int, Any], list[str]],
+        also: Callable[[int, dict[str, float]], None] | None,
     ):
         self.settings, self.rate, self.describe = settings, rate, describe
-        self.writer, self.window = metrics.Writer(workdir, start), metrics.Window()
+        self.writer, self.window = metrics.Writer(workdir, start, also), metrics.Window()
         self.pending, self.since = None, time.perf_counter()
         self.top = _best_so_far(workdir, settings)
         self.bar = tqdm.tqdm(
             total=settings.steps,
             initial=start,
             unit="step",
-            disable=jax.process_index() > 0,
+            disable=True if jax.process_index() else None,  # None: unless stderr is a terminal
             dynamic_ncols=True,
         )
 
@@ -290,26 +297,43 @@ class _Log:
         values |= {"step_time": seconds, "perf/throughput": values["num_tokens"] / seconds}
         values |= {"perf/input_wait": waited / max(seconds, waited), **watch.memory()}
         values |= watch.host_memory()
+        if flops := values.pop("flops", 0.0):  # in RL of the update alone
+            values |= watch.speed(flops, values.get("time/update", seconds))
         if (moved := values.pop("optimizer_step", 0.0)) > 0:  # the rate of the step just made
             values["learning_rate"] = rate = float(self.rate(np.int32(moved - 1)))
             values |= {f"learning_rate/{p}": rate * f for p, f in self.settings.rates}
         self.window.add(values)
         self.bar.update(1)
         if _due(n, self.settings.log_every) or n == self.settings.steps:
+            pace = statistics.median(self.window.values["step_time"])  # one of them may compile
             means = self.window.take()
             self.writer.write(n, means)
-            self.bar.set_postfix_str(f"loss {means['loss']:.4f} |g| {means['grad_norm']:.3f}")
+            self.say(metrics.line(n, self.settings.steps, means, pace))
+
+    def say(self, text: str) -> None:
+        """Print a line, once; above the bar if there is one."""
+        if self.bar.disable:
+            say(text)
+        else:
+            self.bar.write(text)
+            sys.stdout.flush()  # which may be a file, though the bar's stderr is none
+
+    def pause(self, name: str) -> None:
+        """What was done since the last update is no part of the next one's time."""
+        now = time.perf_counter()
+        self.window.add({f"time/{name}": now - self.since})
+        self.since = now
 
     def evaluated(self, n: int, evaluate: Evaluate, state: TrainState) -> dict[str, float]:
         self.flush()
         scores = evaluate(state)
+        self.pause("validation")
         if self.settings.best not in scores:
             raise ValueError(
                 f"best={self.settings.best!r} is no validation metric; there are {sorted(scores)}"
             )
         self.writer.write(n, scores)
-        self.bar.write(f"step {n}: " + "  ".join(f"{k} {x:.4f}" for k, x in scores.items()))
-        self.since = time.perf_counter()  # validation is no part of the next step's time
+        self.say(f"step {n}: " + "  ".join(f"{k} {x:.4f}" for k, x in scores.items()))
         return scores
 
     def is_best(self, scores: dict[str, float]) -> bool:

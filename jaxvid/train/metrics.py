@@ -1,12 +1,14 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard and the progress bar's postfix.
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, and a line that a person reads.
 
 One line of JSON per logged step: {"step": 20, "loss": ..., "grad_norm": ..., ...}. A number that is
 not finite is null there (JSON has no nan) and left out of TensorBoard.
 """
 
+import datetime
 import json
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,10 +47,16 @@ class Window:
 
 
 class Writer:
-    """Appends to `folder`. A run resumed at `start` first drops what was logged after it."""
+    """Appends to `folder`. A run resumed at `start` first drops what was logged after it. `also`
+    gets every line too."""
 
-    def __init__(self, folder: pathlib.Path, start: int = 0):
-        self.folder, self.board = folder, None
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        start: int = 0,
+        also: Callable[[int, dict[str, float]], None] | None = None,
+    ):
+        self.folder, self.board, self.also = folder, None, also
         if jax.process_index():
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,10 +77,38 @@ class Writer:
             file.write(json.dumps(line) + "\n")
         for name, value in finite.items():
             self.board.add_scalar(name, value, step)
+        if self.also is not None:
+            self.also(step, values)
 
     def close(self) -> None:
         if self.board is not None:
             self.board.close()
+
+
+# What of a line a person watches, where it is there, and how it is written.
+SHOWN: tuple[tuple[str, Callable[[float], str]], ...] = (
+    ("loss", "loss {:.4f}".format),
+    ("reward", "reward {:.3f}".format),
+    ("rewards/accuracies", "accuracy {:.2f}".format),
+    ("grad_norm", "|g| {:.3f}".format),
+    ("learning_rate", "lr {:.2e}".format),
+    ("perf/throughput", "{:,.0f} tokens/s".format),
+    ("perf/tflops", "{:.3g} TFLOP/s".format),
+    ("perf/mfu", "MFU {:.1%}".format),
+    ("perf/input_wait", "input {:.0%}".format),
+    ("perf/memory_peak_gib", "{:.1f} GiB".format),
+    ("step_time", "{:.3g} s/step".format),
+)
+
+
+def line(step: int, steps: int, values: dict[str, float], pace: float) -> str:
+    """One line about `values` at a step out of `steps`, and the time left at `pace` s a step."""
+    known = {name for name in values if not (name == "perf/tflops" and "perf/mfu" in values)}
+    told = [write(values[name]) for name, write in SHOWN if name in known]
+    if (skipped := values.get("skipped_total", 0)) > 0:
+        told.append(f"{skipped:.0f} skipped")
+    left = datetime.timedelta(seconds=round((steps - step) * pace))
+    return f"step {step:{len(str(steps))}}/{steps}  " + "  ".join(told) + f"  {left} left"
 
 
 def read(folder: pathlib.Path) -> list[dict[str, Any]]:

@@ -246,13 +246,14 @@ def _count(parts: Parts, seen: Replies, found: Advantages, metrics: dict[str, fl
 
 
 def _over_laps(laps: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over the steps of one update; counters give their last value, tokens their sum, and
-    what is named .../max its largest."""
+    """Means over the steps of one update; counters give their last value, tokens and FLOPs
+    their sum, and what is named .../max its largest."""
     over = lambda name: np.max if name.endswith("/max") else np.mean
     means = {name: float(over(name)([lap[name] for lap in laps])) for name in laps[0]}
     last = ("skipped", "skipped_total", "optimizer_step")
     means |= {name: float(laps[-1][name]) for name in last}
-    return means | {"num_tokens": float(sum(lap["num_tokens"] for lap in laps))}
+    summed = means.keys() & {"num_tokens", "flops"}
+    return means | {name: float(sum(lap[name] for lap in laps)) for name in summed}
 
 
 def _nothing(state: TrainState) -> dict[str, float]:

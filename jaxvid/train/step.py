@@ -17,6 +17,7 @@ from jaxvid.train.state import TrainState
 Objective = Callable[[Scores, Batch], Loss]
 Metrics = dict[str, Float[Array, ""]]
 Drop = Callable[[nnx.Module, Key[Array, ""]], None]
+Work = Callable[[Batch], Float[Array, ""]]
 DROPOUT = 1  # sets the keys of dropout apart from others of the run's seed
 
 
@@ -28,6 +29,7 @@ def make_step(
     temperature: float = 1.0,
     drop: Drop | None = None,
     seed: int = 0,
+    work: Work | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """(state, batch with a leading axis of micro-batches) -> (state, metrics); state is donated.
 
@@ -35,6 +37,7 @@ def make_step(
     The state's frozen weights get no gradient, and none is computed. `drop` switches a model's
     dropout on: its keys come from (seed, step, micro-batch), so a resumed run draws the same masks.
     A step whose loss or gradient is not finite leaves parameters and optimizer as they were.
+    `work` gives the metric "flops": what a step on this batch is for the model (train/work.py).
     """
     gradient = jax.value_and_grad(make_loss(graph, objective, temperature, drop), has_aux=True)
 
@@ -68,6 +71,7 @@ def make_step(
             "skipped": skipped,
             "skipped_total": state.skipped_total,
         }
+        metrics |= {} if work is None else {"flops": work(batch)}
         return states.constrain(state), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -1,4 +1,5 @@
-"""What watches a run from inside: traces for the profiler, and an end to runs that stand still."""
+"""What watches a run from inside: traces for the profiler, an end to runs that stand still, memory
+and speed."""
 
 import faulthandler
 import pathlib
@@ -9,6 +10,8 @@ import threading
 from typing import Any
 
 import jax
+
+from jaxvid import chips
 
 FOLDER = "profile"  # of the work folder
 ON_SIGNAL = 3  # updates that SIGUSR1 has traced
@@ -90,6 +93,14 @@ def memory() -> dict[str, float]:
     told = [d.memory_stats() for d in jax.local_devices()]
     peaks = [t["peak_bytes_in_use"] for t in told if t and "peak_bytes_in_use" in t]
     return {"perf/memory_peak_gib": max(peaks) / 2**30} if peaks else {}
+
+
+def speed(flops: float, seconds: float) -> dict[str, float]:
+    """What each device made of a step of so many FLOPs, over all devices: TFLOP/s, and their share
+    of its bfloat16 peak (model FLOPs utilisation) where that is known."""
+    each = flops / seconds / jax.device_count()
+    peak = chips.peak(jax.devices()[0].device_kind)
+    return {"perf/tflops": each / 1e12} | ({"perf/mfu": each / peak} if peak else {})
 
 
 def host_memory() -> dict[str, float]:

@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
+from jaxvid.chips import PEAKS
 from jaxvid.sharding import AXES
 from launch.slices import DEEP, FLAT
 
@@ -33,14 +34,14 @@ class Chip(NamedTuple):
     dcn: float  # bytes a second to other slices
 
 
-# Peaks and rates are Google's, cloud.google.com/tpu/docs/v5e, /v5p and /v6e, read in 2026:
-# bfloat16 peak, HBM GB/s, half of the bidirectional ICI GB/s, and the data centre network a chip
+# Rates are Google's, cloud.google.com/tpu/docs/v5e, /v5p and /v6e, read in 2026 (peaks too):
+# HBM GB/s, half of the bidirectional ICI GB/s, and the data centre network a chip
 # (of a pod for v5e and v6e, 6.4 and 25.6 Tbit/s over 256 chips; 50 Gbit/s for v5p). HBM is what
 # the compiler of libtpu 0.0.42 says is there for a program.
 CHIPS = {
-    "v5e": Chip(15.75 * GIB, 197e12, 800e9, 200e9, 25e9 / 8),
-    "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 600e9, 50e9 / 8),
-    "v6e": Chip(31.25 * GIB, 918e12, 1600e9, 400e9, 100e9 / 8),
+    "v5e": Chip(15.75 * GIB, PEAKS["TPU v5e"], 800e9, 200e9, 25e9 / 8),
+    "v5p": Chip(95.74 * GIB, PEAKS["TPU v5p"], 2765e9, 600e9, 50e9 / 8),
+    "v6e": Chip(31.25 * GIB, PEAKS["TPU v6e"], 1600e9, 400e9, 100e9 / 8),
 }
 SHAPES = {"v5e": FLAT, "v5p": DEEP, "v6e": FLAT}
 

@@ -16,13 +16,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxvid import config, sharding
+from jaxvid import config, flops, sharding
 from jaxvid.batch import AudioBatch, Batch, Branches, TokenBatch, VisionBatch
 from jaxvid.data import layout
 from jaxvid.models import hf, lora
 from jaxvid.rollout import groups
 from jaxvid.train import optimizers, state, step
-from launch.ahead import chips, flops
+from launch.ahead import chips
 
 ATTENTION = ("_forward_kernel", "_query_kernel", "_key_kernel")  # kernels, in jaxvid/ops/_flash.py
 TILE = 512  # of queries and of keys, that those kernels work in or skip

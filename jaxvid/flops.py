@@ -5,14 +5,16 @@ its largest branch, a shard_map's body once for each device of its mesh (work th
 work), recomputation as what it is. A Pallas kernel is the products of one step times the steps of
 its grid, times the share of steps that do any work where the kernel skips the others by a table
 that only the data make: that share is an argument. Nothing but products is counted.
+
+`products` lists them instead, with the arguments that their two sides depend on.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 
 def count(f, *args, shares: Mapping[str, float] | None = None, loop: int = 0) -> float:
@@ -28,7 +30,7 @@ def count(f, *args, shares: Mapping[str, float] | None = None, loop: int = 0) ->
 
 def of_jaxpr(jaxpr: Jaxpr, shares: Mapping[str, float], loop: int = 0) -> float:
     """FLOPs of a jaxpr; see `count`."""
-    return sum(_of_equation(e, shares, loop) for e in jaxpr.eqns)
+    return sum((_of_equation(e, shares, loop) for e in jaxpr.eqns), 0.0)
 
 
 def _of_equation(e, shares, loop):
@@ -57,6 +59,66 @@ def _of_equation(e, shares, loop):
 def kernel_name(e) -> str:
     """The name of the function that a pallas_call runs."""
     return e.params["jaxpr"].debug_info.func_name
+
+
+class Product(NamedTuple):
+    """A product of matrices, as often as the program makes it."""
+
+    flops: float
+    left: frozenset[str]  # names of the arguments that the left side depends on
+    right: frozenset[str]
+
+
+def products(f, args: Mapping[str, Any]) -> tuple[list[Product], list[frozenset[str]]]:
+    """The products of f(**args), and what each array that it returns depends on, by the names of
+    the arguments. `args` may be trees of ShapeDtypeStructs.
+
+    For a program of one device without kernels: raises ValueError for products in a kernel or
+    shard_map, in a while loop, and for convolutions.
+    """
+    jaxpr = jax.make_jaxpr(lambda given: f(**given))(dict(args)).jaxpr
+    names = [path[0].key for path, _ in jax.tree_util.tree_leaves_with_path(dict(args))]
+    found: list[Product] = []
+    return found, _follow(jaxpr, [frozenset({name}) for name in names], 1.0, found)
+
+
+def _follow(jaxpr, ins, times, found):
+    """What the outputs of a jaxpr depend on, given that for its inputs. Its products are appended
+    to `found`."""
+    known = dict(zip(jaxpr.invars, ins, strict=True))
+    of = lambda v: frozenset() if isinstance(v, Literal) else known.get(v, frozenset())
+    for e in jaxpr.eqns:
+        read = list(map(of, e.invars))
+        known.update(zip(e.outvars, _outputs(e, read, times, found)))
+    return list(map(of, jaxpr.outvars))
+
+
+def _outputs(e, read, times, found):
+    name, inside, all_of_it = e.primitive.name, list(_inside(e.params)), frozenset().union(*read)
+    if name == "dot_general":
+        found.append(Product(times * _product(e), *read))
+    elif name == "scan":
+        return _scan(e, read, times, found)
+    elif name in ("pallas_call", "shard_map") and of_jaxpr(inside[0], {}):
+        raise ValueError(f"products in a {name} are not followed; trace for one device of a CPU")
+    elif len(inside) == 1 and len(inside[0].invars) == len(read) and name != "while":
+        return _follow(inside[0], read, times, found)
+    elif _of_equation(e, {}, 0):
+        raise ValueError(f"products in a {name} are not followed; add it here")
+    return [all_of_it] * len(e.outvars)
+
+
+def _scan(e, read, times, found):
+    """What is carried depends on all that it depended on in any earlier round."""
+    body, consts, carried = e.params["jaxpr"].jaxpr, e.params["num_consts"], e.params["num_carry"]
+    first, last = consts, consts + carried
+    while True:
+        outs = _follow(body, read, times, [])
+        grown = [a | b for a, b in zip(read[first:last], outs)]
+        if grown == read[first:last]:
+            break
+        read = read[:first] + grown + read[last:]
+    return _follow(body, read, times * e.params["length"], found)
 
 
 def _product(e):
