@@ -57,6 +57,7 @@ from typing import Any
 
 from benchmarks import work
 from benchmarks.work import Case
+from jaxvid import chips
 
 FLASH = "torch-flash"
 SIDES = {  # what it runs, and the rows it has
@@ -88,7 +89,7 @@ class Card:
     @property
     def peak(self) -> float | None:
         """Dense bfloat16 FLOPs a second; None of a card that benchmarks/work.py does not know."""
-        return None if self.sliced else work.PEAKS.get(self.name)
+        return None if self.sliced else chips.peak(self.name)
 
 
 def card() -> Card:

@@ -178,16 +178,3 @@ def flops(case: Case, cfg: qwen25vl.Config, grown: list[layout.Tree]) -> int | N
         forward += decoder_flops(cfg.text, need.tokens, seen(t), need.scored)
     passes = (2 if case.of.rank else 3) + (case.kind == "dpo")
     return passes * forward + sum(tower_flops(cfg.vision, t) for t in grown)
-
-
-# ---- cards
-
-PEAKS = {  # dense bfloat16 FLOPs a second, by NVIDIA's data sheets and nvidia-smi's names
-    "NVIDIA H100 80GB HBM3": 989e12,  # SXM
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-}

@@ -94,10 +94,11 @@ class Run(Job):
     wandb: str = ""  # project on Weights & Biases that gets the log too; "" is none
     export_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of WORKDIR/model
 
-    def loop_settings(self) -> loop.Settings:
-        """The part of this that the training loop reads."""
-        shared = {f.name for f in dataclasses.fields(loop.Settings)}
-        return loop.Settings(**{name: getattr(self, name) for name in shared})
+    def loop_settings(self, checkpoints: str = "") -> loop.Settings:
+        """The part of this that the training loop reads, and where its checkpoints go."""
+        shared = {f.name for f in dataclasses.fields(loop.Settings)} - {"checkpoints"}
+        given = {name: getattr(self, name) for name in shared}
+        return loop.Settings(**given, checkpoints=checkpoints)
 
     def updates_per_step(self) -> int:
         """Optimizer steps that one step of the loop makes."""

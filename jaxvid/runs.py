@@ -120,7 +120,7 @@ def train(run: Run, workdir: pathlib.Path, checkpoints: str = "", *, name: str =
             state.create(trained, tx, mesh, frozen=frozen),
             update,
             stream,
-            dataclasses.replace(run.loop_settings(), checkpoints=checkpoints),
+            run.loop_settings(checkpoints),
             workdir,
             rate=run.optimizer.rate(steps),
             evaluate=_evaluation(run, loaded, mesh, prepare),

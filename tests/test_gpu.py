@@ -15,6 +15,7 @@ from flax import nnx
 from benchmarks import _gpu_jaxvid as ours
 from benchmarks import gpu, measure, work
 from benchmarks.work import Case
+from jaxvid import flops
 from jaxvid.data import layout
 from jaxvid.models import hf, lora
 from jaxvid.models.layers import Compute
@@ -23,7 +24,6 @@ from jaxvid.rollout import groups
 from jaxvid.rollout.sampler import Sampling
 from jaxvid.train import state as states
 from jaxvid.train import step
-from launch.ahead import flops
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
 NO_TORCH = "the other side: pip install jaxvid[oracle]"

@@ -172,7 +172,7 @@ def test_steps_of_every_kind_of_run():
         assert float(found(data)) == pytest.approx(want, **EXACT)
 
 
-def test_the_step_tells_it_and_an_update_sums_it(quick):
+def test_the_step_tells_it_and_an_update_sums_it():
     graph, params = toy()
     tx = optimizers.AdamW(lr=1e-2).build(2, params)
     train_step = step.make_step(graph, SFT(), tx, work=lambda batch: jnp.float32(3e15))
