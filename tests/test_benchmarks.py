@@ -170,7 +170,7 @@ def test_rollout_script(capsys):
     assert float(table["cache, ours / theirs"][0]) in (0.33, 0.34)
 
 
-def test_dna_script(capsys, monkeypatch, quick):
+def test_dna_script(capsys, monkeypatch):
     """Both steps are made, from the same prompts; what is shared and what is not is seen in the
     batches."""
     taken, seen = [], dna_script.Run.__call__

@@ -40,7 +40,7 @@ def case(model="tiny", kind="sft", side="jaxvid", repeats=2, micro=4):
     "model,kind",
     [("tiny", "sft"), ("tiny", "dpo"), ("tiny", "dna"), ("tiny-lora", "dna"), ("tiny-lora", "dpo")],
 )
-def test_both_sides_have_the_same_losses(model, kind, monkeypatch, quick):
+def test_both_sides_have_the_same_losses(model, kind, monkeypatch):
     """Of three steps from the same weights, in float32: of the model, its gradient and AdamW."""
     pytest.importorskip("torch", reason=NO_TORCH)
     from benchmarks import _gpu_torch as theirs
