@@ -28,9 +28,8 @@ COLUMNS = (
 
 def report(found: dict[str, Any]) -> str:
     """All of what `jaxvid-launch preflight` prints of a recipe."""
-    mesh = " x ".join(f"{axis} {n}" for axis, n in found["mesh"].items())
     lines = [
-        f"{found['recipe']} on {found['topology']} ({found['chips']} chips: {mesh})",
+        f"{found['recipe']} on {found['topology']} ({found['chips']} chips: {_mesh(found)})",
         f"model {found['model']}; {found['rows']} rows of {found['tokens']:,} tokens at a time",
     ]
     for weight in found["programs"]:
@@ -117,6 +116,11 @@ def _row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _mesh(found: dict[str, Any]) -> str:
+    """The axes over which something is split."""
+    return " x ".join(f"{axis} {n}" for axis, n in found["mesh"].items() if n > 1) or "one chip"
+
+
 def _cells(found: dict[str, Any], w: dict[str, Any]) -> list[str]:
     kinds = w["kinds"]
     gib = lambda name: f"{kinds[name] / GIB:.2f}" if kinds.get(name) else ""
@@ -125,7 +129,7 @@ def _cells(found: dict[str, Any], w: dict[str, Any]) -> list[str]:
     return [
         f"`{found['recipe']}`",
         found["topology"],
-        " x ".join(str(n) for n in found["mesh"].values()),
+        _mesh(found),
         w["program"],
         used,
         *(gib(name) for name in ("parameters", "optimizer", "gradients", "activations", "cache")),
