@@ -72,7 +72,7 @@ def measure(there, workdir, **settings):
 
 
 @pytest.fixture
-def measured(there, quick):
+def measured(there):
     if not (there / "work/tpl.jsonl").exists():
         measure(there, there / "work")
     return perplexity.load(there / "work")
@@ -115,7 +115,7 @@ def their_loss(model, tokenizer, frames, prompt, answer):
 
 
 @pytest.mark.parametrize("frame, at", [("last", 3), ("middle", 1)])
-def test_losses_equal_transformers(there, quick, tmp_path, frame, at):
+def test_losses_equal_transformers(there, tmp_path, frame, at):
     """Of every answer to a video of several frames: all frames, and the one. 1e-4 in float32."""
     torch = pytest.importorskip("torch", reason=NO_TORCH)
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
@@ -156,13 +156,13 @@ def test_a_clip_of_one_frame_has_none(measured):
     assert "no frames" in skipped[0].reason
 
 
-def test_packed_equals_alone(there, measured, quick, tmp_path):
+def test_packed_equals_alone(there, measured, tmp_path):
     alone, _ = measure(there, tmp_path, chunk=1)
     assert [r[:7] for r in alone] == [r[:7] for r in measured[0]]
     np.testing.assert_allclose([r.tpl for r in alone], [r.tpl for r in measured[0]], atol=1e-5)
 
 
-def test_interrupted_goes_on_to_the_same_bytes(there, measured, quick, tmp_path, monkeypatch):
+def test_interrupted_goes_on_to_the_same_bytes(there, measured, tmp_path, monkeypatch):
     real, calls = perplexity.scored, []
 
     def stops(*args):
@@ -253,7 +253,7 @@ def test_a_filtered_folder_is_a_folder_of_shards(there, measured, tmp_path, by):
 # --- the command
 
 
-def test_command_scores_and_filters(there, quick, tmp_path, capsys):
+def test_command_scores_and_filters(there, tmp_path, capsys):
     line = ["tpl", str(there / "shards"), "--model", str(there / "out"), "--frames", "4"]
     line += ["--height", "16", "--width", "16", "--workdir", str(tmp_path / "w")]
     assert main.main([*line, "--keep-top", "0.5", "--out", str(tmp_path / "kept")]) == 0
@@ -267,7 +267,7 @@ def test_command_scores_and_filters(there, quick, tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-def test_what_is_refused_says_why(there, quick, tmp_path, capsys):
+def test_what_is_refused_says_why(there, tmp_path, capsys):
     shown = ["--frames", "4", "--height", "16", "--width", "16"]
     good = [str(there / "shards"), "--model", str(there / "out"), *shown]
     (tmp_path / "text").mkdir()
