@@ -52,7 +52,7 @@ def start(folder, out, processes, *kinds):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    env = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "XLA_FLAGS": ""}
+    env = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
     command = [sys.executable, str(TESTS / "crew.py"), str(folder), str(out), str(port)]
     return [
         subprocess.Popen(

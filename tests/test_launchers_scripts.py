@@ -159,7 +159,6 @@ def test_the_trainer_itself_comes_to_its_end_through_slurms_script(tmp_path, mon
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}")
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("SLURM_JOB_NODELIST", "here")
-    monkeypatch.setenv("XLA_FLAGS", "")  # one device, as a CPU is
     shutil.rmtree(tmp_path / "demo")
     main(
         [
