@@ -202,6 +202,8 @@ def test_the_loop_learns_and_logs(run, tmp_path):
         # Sampler and trainer are one model: they may differ by rounding alone.
         assert line["sampling/sampling_logp_difference/max"] < 1e-4
         assert line["clip_ratio/region_mean"] == 0  # one step a rollout: the ratio is 1
+        spent = sum(line[f"time/{x}"] for x in ("rollout", "reward", "layout", "score", "update"))
+        assert spent <= line["step_time"]  # its own
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(run, tmp_path):

@@ -241,8 +241,8 @@ def _take(stream: Stream, n: int, steps: int) -> tuple[Any, float]:
 
 
 class _Log:
-    """Reads metrics one update late, averages them over a window, writes and prints lines; on a
-    terminal there is a bar below them."""
+    """Reads metrics, one update late where they are still being computed; averages them over a
+    window, writes and prints lines; on a terminal there is a bar below them."""
 
     def __init__(
         self,
@@ -275,9 +275,12 @@ class _Log:
         self.writer.close()
 
     def add(self, n: int, values: dict[str, Any], item: Any, waited: float) -> None:
-        """Log update n - 1, and hold n, which was just dispatched after `waited` s for its item."""
+        """Log update n - 1, and hold n, which was just dispatched after `waited` s for its item.
+        One that is done, as in RL, is logged at once: the next one's time is not its own."""
         self.flush()
         self.pending = (n, values, item, waited)
+        if not any(isinstance(x, jax.Array) for x in values.values()):
+            self.flush()
 
     def flush(self) -> None:
         """Wait for the update that is held, and log it."""
