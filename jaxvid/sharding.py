@@ -18,6 +18,7 @@ AXES = ("replica", "fsdp", "tensor", "context")
 # the rules is an error.
 RULES = {
     "rows": ("replica", "fsdp"),
+    "sent": "replica",  # rows that were sent to where the parts of a weight lie
     "tokens": "context",
     "embed": "fsdp",
     "ffn": "tensor",
@@ -217,6 +218,28 @@ def spread(
     many = lambda x: not all(n is None or isinstance(n, str) for n in x)
     out_specs = tuple(map(spec, outs)) if many(outs) else spec(outs)
     return jax.shard_map(f, in_specs=tuple(map(spec, ins)), out_specs=out_specs, check_vma=False)
+
+
+def sent(x: jax.Array, w: jax.Array, out: str | None, dtype: object = None) -> jax.Array:
+    """x[rows, ..., embed] w[embed, out]: the rows go to the parts of w, and the sums of a device's
+    own rows come back. For rows that are fewer than w is wide: w itself stays where it lies. `out`
+    is the logical name of w's other dimension, `dtype` the result's if it is not x's."""
+    rows, inside = x.shape[0], (None,) * (x.ndim - 2)
+    names = {"rows": rows, "sent": rows, "embed": w.shape[0]} | ({out: w.shape[1]} if out else {})
+    on = splits(names)
+    own = set(on["embed"]) <= set(on["rows"])  # else every device gets the sums of all rows
+
+    def product(x, w):
+        y = jnp.matmul(x, w, preferred_element_type=dtype)
+        if not (own and on["embed"]):
+            return jax.lax.psum(y, on["embed"])
+        # As a reduce-scatter, of which the TPU compiler makes an all-reduce: twice the bytes.
+        parts = y.reshape(ways(on["embed"]), -1, *y.shape[1:])
+        parts = jax.lax.all_to_all(parts, on["embed"], split_axis=0, concat_axis=0, tiled=True)
+        return parts.sum(axis=0, dtype=jnp.float32).astype(y.dtype)
+
+    ins = (("sent", *inside, "embed"), ("embed", out))
+    return spread(product, ins, ("rows" if own else "sent", *inside, out), on)(x, w)
 
 
 def at_rest(x: jax.Array) -> jax.Array:

@@ -103,6 +103,49 @@ def test_a_program_by_hand():
     assert found.unknown == 0 and found.dcn == between.dcn
 
 
+def test_a_slice_in_a_fusion_of_a_fusion_is_no_more_than_a_slice():
+    """As of a layer's weight, out of those of all layers, that is cast where it is multiplied; and
+    the same of a row that is written."""
+    name, taken = "%fused_computation.1", "%taken = f32[128]{0:T(128)S(1)} fusion(%x, %i)"
+    outer = """%outer (param_0: f32[8,128], param_1: s32[]) -> f32[128] {
+  %param_0 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %param_1 = s32[]{:T(128)} parameter(1)
+  %row = f32[128]{0:T(128)} fusion(%param_0, %param_1), kind=kLoop, calls=%fused_computation.1
+  ROOT %twice = f32[128]{0:T(128)} add(%row, %row)
+}
+
+"""
+    assert f"{taken}, kind=kLoop, calls={name}" in TEXT
+    nested = TEXT.replace("%body (p:", outer + "%body (p:", 1)
+    nested = nested.replace(f"{taken}, kind=kLoop, calls={name}", f"{taken}, calls=%outer")
+    of = lambda text: hlo.traffic(text, [0] * 16).memory
+    assert of(nested) == of(TEXT)
+    whole = nested.replace("add(%row, %row)", "reduce(%row, %param_0)")
+    assert of(whole) == of(TEXT) + 25 * 7 * 128 * 4
+    write = """%inner (param_0: f32[8,128], param_1: f32[1,128], param_2: s32[]) -> f32[8,128] {
+  %param_0 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %param_1 = f32[1,128]{1,0:T(1,128)} parameter(1)
+  %param_2 = s32[]{:T(128)} parameter(2)
+  ROOT %written = f32[8,128]{1,0:T(8,128)} dynamic-update-slice(%param_0, %param_1, %param_2)
+}
+
+%outer (param_0: f32[8,128], param_1: f32[1,128], param_2: s32[]) -> f32[8,128] {
+  %param_0 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %param_1 = f32[1,128]{1,0:T(1,128)} parameter(1)
+  %param_2 = s32[]{:T(128)} parameter(2)
+  ROOT %row = f32[8,128]{1,0:T(8,128)} fusion(%param_0, %param_1, %param_2), calls=%inner
+}
+
+ENTRY %main (a: f32[8,128], b: f32[1,128], c: s32[]) -> f32[8,128] {
+  %a = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %b = f32[1,128]{1,0:T(1,128)} parameter(1)
+  %c = s32[]{:T(128)} parameter(2)
+  ROOT %out = f32[8,128]{1,0:T(8,128)} fusion(%a, %b, %c), kind=kLoop, calls=%outer
+}
+"""
+    assert of(write) == 2 * 128 * 4 + 4  # the row is read and written, and its number is read
+
+
 def test_a_loop_of_unknown_length_counts_as_told():
     endless = TEXT.replace("compare(%at, %end)", "compare(%at, %at)")
     found = hlo.traffic(endless, [0] * 16, loop=7)

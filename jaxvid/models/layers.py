@@ -64,13 +64,22 @@ class Compute:
 def matmul(x: Float[Array, "*R I"], w: Array, axes: tuple[str, ...]) -> Float[Array, "*R O"]:
     """x w in x's dtype; w[inputs + outputs] has the logical `axes`. Its derivative is written out
     because the automatic one multiplies transposed copies on CPU (1.7x the time of an MLP), to have
-    w's gradient in w's type, and to leave it where w lies. w is gathered as it is multiplied, in
-    x's dtype. Where w is not differentiated, x is not kept and no gradient of w is computed."""
+    w's gradient in w's type, and to leave it where w lies. On a mesh w is gathered as it is
+    multiplied, in x's dtype; rows fewer than w is wide, as in decoding, go to w's parts instead.
+    Where w is not differentiated, x is not kept and no gradient of w is computed."""
     return _product(x, w, axes)
 
 
 def _product(x, w, axes):
-    return x @ _whole(w, axes, x.dtype).reshape(x.shape[-1], -1)
+    on = sharding.splits(dict(zip(axes, w.shape)))
+    if not on.get("embed") or math.prod(x.shape[:-1]) >= w.shape[axes.index("embed")]:
+        return x @ _whole(w, axes, x.dtype).reshape(x.shape[-1], -1)
+    w = sharding.pin_weight(cast(w, x.dtype), axes, whole=False).reshape(x.shape[-1], -1)
+    if axes[0] == "embed":
+        return sharding.sent(x, w, axes[1] if on[axes[1]] else None)
+    inside = (None,) * (x.ndim - 2)
+    y = sharding.fit(x, "sent", *inside, axes[0] if on[axes[0]] else None) @ w
+    return sharding.fit(sharding.fit(y, "sent", *inside, "embed"), "rows", *inside, None)
 
 
 def _whole(w, axes, dtype):

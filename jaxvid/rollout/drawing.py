@@ -79,9 +79,8 @@ def draw(
 
     On a mesh the table of words stays where it lies; the hidden states, which are small, travel.
     """
-    hidden = sharding.fit(hidden, None, None, "embed")
     unembed = sharding.fit(unembed.astype(hidden.dtype), "vocab", "embed")
-    logits = jnp.einsum("BGD,VD->BGV", hidden, unembed, preferred_element_type=jnp.float32)
+    logits = sharding.sent(hidden, unembed.T, "vocab", jnp.float32)
     logits = sharding.fit(logits, "rows", None, None)
     logits = logits.astype(jnp.float32) / (sampling.temperature or 1.0)
     allowed = logits

@@ -16,7 +16,7 @@ part over DCN is what is left after each slice has done its own.
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 SIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "c64": 8, "c128": 16, "token": 0}
@@ -307,43 +307,64 @@ class _Reader:
             if name not in here:
                 continue
             whole = size(here[name].type)
-            users = list(_users(slots[at], inside)) if at in slots else []
-            taken = [_taken(user, alias, inside) for user, alias in users]
-            some = [t for t in taken if t is not None]
-            total += min(whole, sum(some)) if whole and len(some) == len(taken) else whole
+            some = self.taken(slots[at], inside) if at in slots else None
+            total += whole if some is None else min(whole, some)
         (root,) = [i for i in inside.values() if i.root]
         parts = [inside[n] for n in root.operands] if root.op == "tuple" else [root]
         kinds = [m[0] for m in SHAPE.finditer(one.type)]
         for part, kind in zip(parts, kinds):
-            while part.op == "bitcast" and part.operands[0] in inside:
-                part = inside[part.operands[0]]
+            part, where = self.behind(part, inside)
             written = size(kind)
             if part.op == "dynamic-update-slice" and written:
-                written = min(written, size(inside[part.operands[1]].type, everywhere=True))
+                written = min(written, size(where[part.operands[1]].type, everywhere=True))
             total += written
         return total
+
+    def inside(self, one: Instruction) -> dict[str, Instruction]:
+        """The computation of a fusion."""
+        return self.all[re.search(r"\bcalls=%([\w.\-]+)", one.attributes)[1]]
+
+    def taken(self, name: str, inside: Mapping[str, Instruction]) -> float | None:
+        """Bytes that a fused computation, and those fused into it, read of a value of which they
+        take parts; None: all of it is read."""
+        total = 0.0
+        for user in inside.values():
+            if user.op == "parameter" or name not in user.operands:
+                continue
+            if (part := self.part(user, name, inside)) is None:
+                return None
+            total += part
+        return total
+
+    def part(self, user: Instruction, name: str, inside: Mapping[str, Instruction]) -> float | None:
+        """Bytes that one reader takes of a value; None for all."""
+        if user.op == "bitcast":
+            return self.taken(user.name, inside)
+        if user.op == "fusion":
+            within = self.inside(user)
+            slots = {int(i.operands[0]): i.name for i in within.values() if i.op == "parameter"}
+            parts = [self.taken(slots[i], within) for i, n in enumerate(user.operands) if n == name]
+            return None if None in parts else sum(parts)
+        if user.op in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+            return size(user.type, everywhere=True)
+        if user.op == "dynamic-update-slice" and user.operands[0] == name:
+            return 0.0  # in place: what is written is counted as output
+        return None
+
+    def behind(
+        self, part: Instruction, inside: Mapping[str, Instruction]
+    ) -> tuple[Instruction, Mapping[str, Instruction]]:
+        """What makes a value, behind bitcasts and inside fusions of one output, and where it is."""
+        if part.op == "bitcast" and part.operands[0] in inside:
+            return self.behind(inside[part.operands[0]], inside)
+        if part.op == "fusion" and not part.type.startswith("("):
+            within = self.inside(part)
+            (root,) = [i for i in within.values() if i.root]
+            return self.behind(root, within)
+        return part, inside
 
 
 def _branches(attributes: str) -> list[str]:
     if several := re.search(r"branch_computations=\{([^}]*)\}", attributes):
         return re.findall(r"%([\w.\-]+)", several[1])
     return re.findall(r"(?:true|false)_computation=%([\w.\-]+)", attributes)
-
-
-def _users(name: str, inside: Mapping[str, Instruction]) -> Iterator[tuple[Instruction, str]]:
-    """What reads a value of a fused computation, through bitcasts, and by which name."""
-    for user in inside.values():
-        if name in user.operands and user.op != "parameter":
-            if user.op == "bitcast":
-                yield from _users(user.name, inside)
-            else:
-                yield user, name
-
-
-def _taken(user: Instruction, name: str, inside: Mapping[str, Instruction]) -> float | None:
-    """Bytes that a reader takes of a value it takes a part of; None for one that takes all."""
-    if user.op in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
-        return size(user.type, everywhere=True)
-    if user.op == "dynamic-update-slice" and user.operands[0] == name:
-        return 0.0  # in place: what is written is counted as output
-    return None
