@@ -206,3 +206,29 @@ def test_initialise_is_the_same_on_a_mesh_and_well_scaled():
     assert abs(flat[("decoder", "blocks", "mlp", "up", "w")] - 32**-0.5) < 0.02
     assert abs(flat[("decoder", "blocks", "mlp", "down", "w")] - 48**-0.5 / 2) < 0.01
     assert not np.array_equal(one.params["head"][...], hf.initialise(CFG, 1).params["head"][...])
+
+
+@pytest.mark.parametrize("rows", [4, 6, 64])  # fewer than w is wide; that do not divide; more
+@pytest.mark.parametrize("axes", ["embed ffn", "ffn embed", "embed heads head", "heads head embed"])
+def test_products_on_a_mesh_are_products(rows, axes):
+    """Whether rows are sent to the weight or the weight to the rows; and their gradients."""
+    sizes = {"embed": 32, "ffn": 24, "heads": 4, "head": 8}
+    names = tuple(axes.split())
+    shape = tuple(sizes[n] for n in names)
+    width = 32 if axes != "ffn embed" else 24
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
+    x, w = draw(0, rows, width), draw(1, *shape)
+    y, pull = jax.vjp(lambda x, w: x @ w.reshape(width, -1), x, w)
+    dy = draw(2, *y.shape)
+    mesh = sharding.make_mesh(replica=2, fsdp=2, tensor=2)
+    spec = sharding.spec(names)
+
+    @jax.jit
+    def ours(x, w, dy):
+        y, pull = jax.vjp(lambda x, w: layers.matmul(x, w, names), x, w)
+        return y, *pull(dy)
+
+    with jax.set_mesh(mesh):
+        found = ours(x, jax.device_put(w, jax.NamedSharding(mesh, spec)), dy)
+    for a, b in zip(found, (y, *pull(dy)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
