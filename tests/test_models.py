@@ -209,13 +209,16 @@ def test_initialise_is_the_same_on_a_mesh_and_well_scaled():
 
 
 @pytest.mark.parametrize("rows", [4, 6, 64])  # fewer than w is wide; that do not divide; more
-@pytest.mark.parametrize("axes", ["embed ffn", "ffn embed", "embed heads head", "heads head embed"])
+@pytest.mark.parametrize(
+    "axes",
+    ["embed ffn", "ffn embed", "embed heads head", "heads head embed", "embed rank", "rank embed"],
+)
 def test_products_on_a_mesh_are_products(rows, axes):
     """Whether rows are sent to the weight or the weight to the rows; and their gradients."""
-    sizes = {"embed": 32, "ffn": 24, "heads": 4, "head": 8}
+    sizes = {"embed": 32, "ffn": 24, "heads": 4, "head": 8, "rank": 3}
     names = tuple(axes.split())
     shape = tuple(sizes[n] for n in names)
-    width = 32 if axes != "ffn embed" else 24
+    width = 32 if "heads" in names else shape[0]
     draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
     x, w = draw(0, rows, width), draw(1, *shape)
     y, pull = jax.vjp(lambda x, w: x @ w.reshape(width, -1), x, w)
