@@ -117,9 +117,12 @@ def placed(net, mesh):
     return nnx.merge(graph, params)
 
 
-def test_eight_devices_refill_as_one():
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 4, "tensor": 2}, {"replica": 2, "fsdp": 2, "context": 2}]
+)
+def test_eight_devices_refill_as_one(sizes):
     """Four slots on four data shards, weights over fsdp and tensor, kv heads over tensor."""
-    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    mesh = sharding.make_mesh(**sizes)
     net = placed(model(), mesh)
     how = {"group": GROUP, "keys": KEYS[:5], "rows": 4, "mesh": mesh}
     wanted = sampler.Rollouts(*(leaf[:5] for leaf in run(0)[0]))
