@@ -302,7 +302,7 @@ class _Reader:
     ) -> float:
         """HBM that a fusion reads and writes."""
         total = 0.0
-        slots = {int(i.operands[0]): i.name for i in inside.values() if i.op == "parameter"}
+        slots = _slots(inside)
         for at, name in enumerate(one.operands):
             if name not in here:
                 continue
@@ -342,7 +342,7 @@ class _Reader:
             return self.taken(user.name, inside)
         if user.op == "fusion":
             within = self.inside(user)
-            slots = {int(i.operands[0]): i.name for i in within.values() if i.op == "parameter"}
+            slots = _slots(within)
             parts = [self.taken(slots[i], within) for i, n in enumerate(user.operands) if n == name]
             return None if None in parts else sum(parts)
         if user.op in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
@@ -362,6 +362,11 @@ class _Reader:
             (root,) = [i for i in within.values() if i.root]
             return self.behind(root, within)
         return part, inside
+
+
+def _slots(inside: Mapping[str, Instruction]) -> dict[int, str]:
+    """The names of a computation's parameters, by their number."""
+    return {int(i.operands[0]): i.name for i in inside.values() if i.op == "parameter"}
 
 
 def _branches(attributes: str) -> list[str]:
